@@ -1,0 +1,80 @@
+# Each target sets up what it needs, once: .venv (the product and its tools) and .venv-engine (vLLM for CPUs).
+#   make serve ADDRESS=127.0.0.1:9000                     another address
+#   make serve VLLM_DROPIN_ENGINE_PYTHON=/path/python     an engine of your own: .venv-engine is not built
+#   make test ARGS='-k predict -x'                        options for what the target runs
+#   make PYTHON=/path/python3.12 ...                      the interpreter that the environments are built with
+
+ADDRESS ?= 127.0.0.1:8080
+ARGS ?=
+# Asked only when pip doesn't find torch+cpu by itself. Empty: never.
+export TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+export PYTHON
+
+BIN := .venv/bin
+DEV := .venv/.complete
+ifdef VLLM_DROPIN_ENGINE_PYTHON
+ENGINE :=
+else
+ENGINE := .venv-engine/.complete
+VLLM_DROPIN_ENGINE_PYTHON := $(CURDIR)/.venv-engine/bin/python
+endif
+export VLLM_DROPIN_ENGINE_PYTHON
+
+.PHONY: help
+help:
+	@echo 'make serve           serve examples/smollm2 on http://$(ADDRESS)'
+	@echo 'make test            all tests but the slow ones, the real engine included (under 10 minutes on 2 cores)'
+	@echo 'make test-fast       the tests that need no engine'
+	@echo 'make test-slow       the tests that are left out of "make test"'
+	@echo 'make lint            ruff, mypy, import-linter'
+	@echo 'make check-contract  the contract suite against DRUM and against this, side by side'
+	@echo 'make bench           the numbers of docs/benchmarks.md'
+	@echo 'make lock            write requirements/*.lock anew (needs uv)'
+	@echo 'make clean           remove the environments, caches and the unpacked example'
+
+.PHONY: serve
+serve: $(DEV) $(ENGINE)
+	@echo 'serving examples/smollm2 on http://$(ADDRESS): loading takes about a minute, Ctrl-C stops'
+	@$(BIN)/vllm-dropin serve examples/smollm2 --address $(ADDRESS) $(ARGS)
+
+.PHONY: test
+test: $(DEV) $(ENGINE)
+	$(BIN)/pytest -m 'not slow' $(ARGS)
+
+.PHONY: test-fast
+test-fast: $(DEV)
+	$(BIN)/pytest -m 'not slow and not e2e' $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(DEV) $(ENGINE)
+	$(BIN)/pytest -m slow $(ARGS)
+
+.PHONY: lint
+lint: $(DEV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: check-contract
+check-contract: $(DEV) $(ENGINE)
+	$(BIN)/python scripts/check_contract.py $(ARGS)
+
+.PHONY: bench
+bench: $(DEV) $(ENGINE)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: lock
+lock:
+	scripts/lock.sh $(ARGS)
+
+.PHONY: clean
+clean:
+	rm -rf .venv .venv-* .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist examples/*/vllm
+	find src tests scripts examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(DEV): requirements/dev.lock pyproject.toml scripts/venv.sh
+	@scripts/venv.sh dev .venv
+
+$(ENGINE): requirements/cpu.lock requirements/pip-check-accepted.txt scripts/venv.sh
+	@scripts/venv.sh engine .venv-engine

@@ -1,0 +1,61 @@
+"""A credential that the platform injects: free fields, known by their names and not by the credential's type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vllm_dropin.model.secret import Secret
+
+# What in a credential is worth hiding wherever it turns up; a user name or a region is not.
+_SECRET_FIELD = re.compile(r"key|token|secret|pass|connection|private", re.IGNORECASE)
+
+
+class Credential:
+    """The fields of one credential. Prints as `***`; `token()` and `reveal()` give what is inside."""
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = dict(fields)
+
+    def token(self) -> Secret | None:
+        """The API token: the field `apiToken` (also `api_token`, `token`), whatever `credentialType` says."""
+        for name in ("apiToken", "api_token", "token"):
+            value = self._fields.get(name)
+            if isinstance(value, str) and value.strip():
+                return Secret(value.strip())
+        return None
+
+    def reveal(self) -> dict[str, Any]:
+        """The fields, for the hook's environment."""
+        return dict(self._fields)
+
+    def field_names(self) -> tuple[str, ...]:
+        return tuple(self._fields)
+
+    def secrets(self) -> Iterator[str]:
+        """The texts in it that must not be shown in any log."""
+        yield from _leaves(self._fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Credential) and self._fields == other._fields
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return "***"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return format("***", spec)
+
+
+def _leaves(fields: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        elif isinstance(value, str) and value and name != "credentialType" and _SECRET_FIELD.search(name):
+            yield value

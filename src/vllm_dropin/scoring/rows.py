@@ -1,0 +1,206 @@
+"""From the bytes of a CSV file to rows.
+
+The rules, chosen so that N rows in are N answers out, in order:
+
+- A byte order mark is dropped. The charset is the caller's, else the one that the mark tells, else UTF-8.
+- The first line that is not blank is the header. Columns are told apart by commas, cells quoted as in RFC 4180.
+- In a table of one column a blank line between rows is a row with an empty cell: that is how most programs write one.
+  In a table of several columns a blank line is no row: an empty record there still has its commas.
+- Blank lines at the end of the file are no rows; `""` is.
+- A row with more cells than the header, or without the prompt's cell, is broken by itself; the others are read on.
+- A quoted cell that is never closed breaks the whole table: nobody knows how many rows it swallowed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import IO
+
+from vllm_dropin.errors import EncodingError, TableError
+
+EMPTY = "the prompt is empty"
+LONGEST_CELL = 1 << 30  # characters; the body's limit is what bounds a cell, csv's 128 Ki would not do
+
+_BOMS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# Python knows these as text encodings. No CSV is written in them; some decode in quadratic time.
+_REFUSED = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape", "utf-7"}
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One input record: its place (from 0), the line of the file on which it starts (from 1), and its prompt.
+
+    `error` is why the reader could not find a prompt.
+    """
+
+    index: int
+    line: int
+    prompt: str = ""
+    error: str | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """Why the engine need not be asked about this row; None when it must."""
+        if self.error is None and (not self.prompt or self.prompt.isspace()):
+            return EMPTY
+        return self.error
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a first pass over a table found: how many rows, how many of them have a fault, and the first of those."""
+
+    rows: int
+    faulty: int
+    first: tuple[Row, ...]
+
+
+def read_rows(file: IO[bytes], column: str, charset: str | None = None) -> Iterator[Row]:
+    """The rows of a seekable CSV file, read from its start, one at a time.
+
+    Raises EncodingError when the bytes are not text in `charset`; TableError when the charset is unknown, there is no
+    header, `column` is not in it, or a quoted cell never ends.
+    """
+    encoding = _encoding(file, charset)
+    csv.field_size_limit(LONGEST_CELL)  # for the whole process; csv has no other way
+    lines = _Lines(file, encoding)
+    try:
+        yield from _records(lines, column)
+    except UnicodeDecodeError as error:
+        at = _undecodable_at(file, encoding)
+        raise EncodingError(
+            f"byte {at} is not {encoding.upper()} text",
+            "save the file as UTF-8, or name its charset in the content type",
+        ) from error
+    finally:
+        lines.close()
+
+
+def survey(file: IO[bytes], column: str, charset: str | None = None, keep: int = 20) -> Survey:
+    """Read the whole table once, to know before the first row is asked that it can be read. Raises as `read_rows`."""
+    rows = faulty = 0
+    first: list[Row] = []
+    for row in read_rows(file, column, charset):
+        rows += 1
+        if row.fault is not None:
+            faulty += 1
+            if len(first) < keep:
+                first.append(row)
+    return Survey(rows, faulty, tuple(first))
+
+
+class _Lines:
+    """The physical lines of a file, ends kept; `ended` once a reader has asked for one more than there are."""
+
+    def __init__(self, file: IO[bytes], encoding: str) -> None:
+        file.seek(0)
+        self._text = io.TextIOWrapper(file, encoding=encoding, newline="")
+        self.ended = False
+
+    def __iter__(self) -> Iterator[str]:
+        # A chain, because no code of ours then runs for each line: a cell may have millions.
+        first = self._text.readline().removeprefix("\ufeff")
+        return chain((first,) if first else (), self._text, self._end())
+
+    def _end(self) -> Iterator[str]:
+        self.ended = True
+        yield from ()
+
+    def close(self) -> None:
+        # The file is the caller's; left attached it would be closed with the wrapper. It may be closed already.
+        with contextlib.suppress(ValueError):
+            self._text.detach()
+
+
+def _records(lines: _Lines, column: str) -> Iterator[Row]:
+    reader = csv.reader(lines)
+    header: list[str] | None = None
+    position = index = blank = 0
+    line = 1
+    for cells in reader:
+        if lines.ended:
+            # csv asks for a line after the last one only inside quotes.
+            raise TableError(f"a quoted cell that starts on line {line} or after it is never closed")
+        if header is None:
+            if cells:
+                header, position = cells, _position(cells, column)
+        elif not cells:
+            blank += 1
+        else:
+            if len(header) == 1:
+                for back in range(blank, 0, -1):
+                    yield Row(index, line - back)
+                    index += 1
+            blank = 0
+            yield _row(index, line, cells, position, len(header))
+            index += 1
+        line = reader.line_num + 1
+    if header is None:
+        raise TableError("the CSV has no header line", f"its first line must name the column {column!r}")
+
+
+def _row(index: int, line: int, cells: list[str], position: int, width: int) -> Row:
+    if len(cells) > width:
+        why = f"line {line} has {len(cells)} cells where the header has {width}; quote a cell that holds a comma"
+        return Row(index, line, error=why)
+    if len(cells) <= position:
+        return Row(index, line, error=f"line {line} has {len(cells)} cells; the prompt is cell {position + 1}")
+    return Row(index, line, cells[position])
+
+
+def _position(header: list[str], column: str) -> int:
+    if column in header:
+        return header.index(column)
+    seen = ", ".join(repr(name[:60]) for name in header[:20]) + (", …" if len(header) > 20 else "")
+    raise TableError(
+        f"the column {column!r} is missing; the CSV has {seen}",
+        "rename the column, or set the runtime parameter prompt_column_name",
+    )
+
+
+def _encoding(file: IO[bytes], charset: str | None) -> str:
+    """The name of Python's codec for this file."""
+    file.seek(0)
+    start = file.read(4)
+    told = next((name for bom, name in _BOMS if start.startswith(bom)), None)
+    if charset is None:
+        return told or "utf-8"
+    try:
+        name = codecs.lookup(charset).name
+        b" ".decode(name, "replace")  # refuses codecs that are not of text, such as base64
+    except (LookupError, ValueError):
+        name = "undefined"
+    if name.replace("_", "-") in _REFUSED:
+        raise TableError(f"the charset {charset[:40]!r} is unknown", "send UTF-8")
+    if name in ("utf-16", "utf-32") and told != name:
+        return f"{name}-le"  # without a mark Python's decoder refuses; what is written today is little-endian
+    return name
+
+
+def _undecodable_at(file: IO[bytes], encoding: str) -> int:
+    """The offset of the first byte that is not text; the wrapper only knows it within its own buffer."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    file.seek(0)
+    fed = 0
+    while True:
+        chunk = file.read(_CHUNK)
+        fed += len(chunk)
+        try:
+            decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            return fed - len(error.object) + error.start
+        if not chunk:
+            return fed

@@ -1,0 +1,185 @@
+"""Rows in, answers out: many at once, each on its own, through crashes of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterable
+from typing import Protocol
+
+from vllm_dropin.scoring.gate import Gate
+from vllm_dropin.scoring.prompts import GenerationDefaults, chat_body
+from vllm_dropin.scoring.results import Fault, RowResult, failure, from_answer
+from vllm_dropin.scoring.rows import Row
+
+CRASHED = "engine crashed on this row"
+GONE = "the engine is down and will not come back"
+RETRIES = 5  # further tries against one and the same engine
+AHEAD = 4096  # rows that may be finished or running ahead of the oldest one that is not
+_LONGEST_PAUSE = 5.0
+
+
+class Answer(Protocol):
+    """A whole reply of the engine."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def body(self) -> bytes: ...
+
+
+class EngineLost(Exception):
+    """The engine died or can't be reached. `sent` is False when it surely never saw the request."""
+
+    def __init__(self, message: str, *, sent: bool) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class Completer(Protocol):
+    """What answers chat requests: an engine that may die and be started again."""
+
+    async def chat(self, body: bytes) -> Answer:
+        """Ask for one chat completion. Raises EngineLost. A cancellation must abort the engine's work."""
+
+    async def wait_ready(self, deadline: float) -> bool:
+        """Wait until it can be asked. False: never again, or not before `deadline` (time.monotonic)."""
+
+    @property
+    def generation(self) -> int:
+        """How many engines have been started; it grows before the next one can be asked."""
+
+
+class Scorer:
+    """Asks `completer` about rows with the same defaults and model.
+
+    `timeout` in seconds bounds one row, the wait for a restart included. `backoff` in seconds is the first pause before
+    a further try; it doubles up to 5 s.
+    """
+
+    def __init__(
+        self,
+        completer: Completer,
+        defaults: GenerationDefaults,
+        model: str | None,
+        gate: Gate,
+        *,
+        timeout: float = 3600,
+        ahead: int = AHEAD,
+        backoff: float = 0.2,
+    ) -> None:
+        self._completer = completer
+        self._defaults = defaults
+        self._model = model
+        self._gate = gate
+        self._timeout = timeout
+        self._ahead = ahead
+        self._backoff = backoff
+
+    async def score(self, rows: AsyncIterable[Row], *, ordered: bool = True) -> AsyncGenerator[RowResult, None]:
+        """One result for each row, in the order of the rows or (`ordered` False) as they come.
+
+        Rows are pulled only as places come free, so a source of millions costs no memory. Closing the generator cancels
+        what is in flight; use `contextlib.aclosing`. An error of the source is raised here and cancels the rest.
+        """
+        done: asyncio.Queue[tuple[int, RowResult] | None] = asyncio.Queue()
+        room = asyncio.Semaphore(self._ahead)
+        pump = asyncio.create_task(self._pump(rows, done, room))
+        early: dict[int, RowResult] = {}
+        following = 0
+        try:
+            while (item := await done.get()) is not None:
+                place, result = item
+                early[place] = result
+                while early and (following in early or not ordered):
+                    room.release()
+                    yield early.pop(following if ordered else place)
+                    following += 1
+            await pump
+        finally:
+            pump.cancel()
+            await asyncio.gather(pump, return_exceptions=True)
+
+    async def _pump(
+        self,
+        rows: AsyncIterable[Row],
+        done: asyncio.Queue[tuple[int, RowResult] | None],
+        room: asyncio.Semaphore,
+    ) -> None:
+        async def answer(place: int, row: Row) -> None:
+            done.put_nowait((place, await self._ask(row)))
+
+        place = 0
+        try:
+            async with asyncio.TaskGroup() as asking:
+                async for row in rows:
+                    await room.acquire()
+                    if row.fault is not None:
+                        done.put_nowait((place, failure(row, row.fault, Fault.INPUT)))
+                    else:
+                        await self._gate.acquire()
+                        task = asking.create_task(answer(place, row))
+                        # Not in `answer`: a task that is cancelled before it starts runs none of its code.
+                        task.add_done_callback(lambda _: self._gate.release())
+                    place += 1
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            done.put_nowait(None)
+
+    async def _ask(self, row: Row) -> RowResult:
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._persist(row, time.monotonic() + self._timeout)
+        except TimeoutError:
+            return failure(row, f"no answer within {self._timeout:g} s", Fault.UNAVAILABLE)
+
+    async def _persist(self, row: Row, deadline: float) -> RowResult:
+        """Ask until there is an answer that will not change by asking again.
+
+        Whether the engine died is only known when the next one is up: `lost_in` remembers the engine that had the row
+        when its connection broke, and a later engine proves the death.
+        """
+        body = chat_body(row.prompt, self._defaults, self._model)
+        tries = failures = crashes = 0
+        lost_in: int | None = None
+        with contextlib.ExitStack() as stack:
+            while True:
+                if lost_in is not None and self._completer.generation != lost_in:
+                    lost_in = None
+                    crashes += 1
+                    if crashes == 2:
+                        return failure(row, CRASHED, Fault.ENGINE, tries)
+                    stack.enter_context(self._gate.suspicion())
+                async with self._gate.turn(alone=crashes > 0):
+                    generation = self._completer.generation
+                    if lost_in not in (None, generation):
+                        continue  # it died while this row waited for its turn
+                    tries += 1
+                    try:
+                        answer = await self._completer.chat(body)
+                    except EngineLost as lost:
+                        problem = failure(row, str(lost), Fault.UNAVAILABLE, tries)
+                        seen = lost.sent
+                    else:
+                        problem = from_answer(row, answer.status, answer.body, tries)
+                        if answer.status < 500 and answer.status != 429:
+                            return problem
+                        seen = answer.status >= 500  # a dying engine may still say so itself
+                if seen:
+                    lost_in = generation
+                failures += 1
+                if failures > RETRIES:
+                    return problem
+                if not await self._completer.wait_ready(deadline):
+                    return failure(row, GONE, Fault.UNAVAILABLE, tries)
+                await asyncio.sleep(self._pause(failures))
+                if self._completer.generation != generation:
+                    failures = 0
+
+    def _pause(self, failures: int) -> float:
+        """Seconds before the next try; half of it is random, so that rows do not come back in step."""
+        pause: float = min(_LONGEST_PAUSE, self._backoff * 2 ** (failures - 1))
+        return pause * random.uniform(0.5, 1)  # noqa: S311 (spreads load, guards nothing)

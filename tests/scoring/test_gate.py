@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from vllm_dropin.scoring.gate import Gate
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(10):
+            await test()
+
+    asyncio.run(bounded())
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_places_are_given_out_in_order_of_arrival() -> None:
+    async def test() -> None:
+        gate, order = Gate(2), []
+
+        async def row(name: int) -> None:
+            await gate.acquire()
+            order.append(name)
+
+        rows = [asyncio.create_task(row(name)) for name in range(4)]
+        await settle()
+        assert order == [0, 1]
+        gate.release()
+        gate.release()
+        await asyncio.gather(*rows)
+        assert order == [0, 1, 2, 3]
+
+    run(test)
+
+
+def test_a_suspect_waits_for_rows_in_flight_and_holds_back_the_others() -> None:
+    async def test() -> None:
+        gate, events = Gate(8), []
+        leave = {name: asyncio.Event() for name in ("early", "first", "second", "late")}
+
+        async def row(name: str, *, alone: bool) -> None:
+            async with gate.turn(alone=alone):
+                events.append(f"{name} in")
+                await leave[name].wait()
+            events.append(f"{name} out")
+
+        async def suspect(name: str) -> None:
+            with gate.suspicion():
+                await row(name, alone=True)
+
+        tasks = [asyncio.create_task(row("early", alone=False))]
+        await settle()
+        tasks += [asyncio.create_task(suspect(name)) for name in ("first", "second")]
+        await settle()
+        tasks += [asyncio.create_task(row("late", alone=False))]
+        await settle()
+        assert events == ["early in"]
+        for name in leave:
+            leave[name].set()
+            await settle()
+        await asyncio.gather(*tasks)
+        assert events == [f"{name} {way}" for name in ("early", "first", "second", "late") for way in ("in", "out")]
+
+    run(test)

@@ -1,0 +1,75 @@
+"""A chat request made ready for the engine: model alias, generation defaults, association id."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_dropin.gateway.config import GatewayConfig
+from vllm_dropin.gateway.errors import HttpError
+from vllm_dropin.gateway.splice import association_member
+from vllm_dropin.scoring.prompts import GenerationDefaults
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat request made ready: the bytes for the engine, and the member that is spliced into its answer."""
+
+    body: bytes
+    member: bytes
+
+
+def prepare_chat(raw: bytes, config: GatewayConfig, max_model_len: int | None) -> Chat:
+    """Apply the model alias and the generation defaults that the request leaves open (contract, section 3).
+
+    A body that needs no change keeps its bytes. Raises HttpError 400 when it is not a JSON object.
+    """
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        where = f": line {error.lineno} column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise HttpError(400, f"the request body is not valid JSON{where}") from None
+    if not isinstance(body, dict):
+        raise HttpError(400, "the request body must be a JSON object")
+    changed = False
+    association = None
+    if "datarobot_association_id" in body:
+        association = body.pop("datarobot_association_id")
+        changed = True
+    if isinstance(association, dict | list):
+        raise HttpError(400, "datarobot_association_id must be a string")
+    if config.served_model is not None:
+        model = body.get("model")
+        if model is None or model == "" or (isinstance(model, str) and model in config.model_aliases):
+            changed = changed or model != config.served_model
+            body["model"] = config.served_model
+    if config.chat_defaults:
+        changed = _apply_defaults(body, config.generation, max_model_len) or changed
+    member = association_member(str(uuid.uuid4()) if association in (None, "") else association)
+    return Chat(json.dumps(body).encode() if changed else raw, member)
+
+
+def _apply_defaults(body: dict[str, Any], defaults: GenerationDefaults, max_model_len: int | None) -> bool:
+    """Fill in what the request leaves unset or null. True when something was (decision 12)."""
+    changed = False
+    unbounded = body.get("max_tokens") is None and body.get("max_completion_tokens") is None
+    if defaults.max_tokens is not None and unbounded:
+        cap = max(1, max_model_len - 1) if max_model_len else defaults.max_tokens
+        body["max_tokens"] = min(defaults.max_tokens, cap)
+        changed = True
+    for name in ("temperature", "n"):
+        value = getattr(defaults, name)
+        if value is not None and body.get(name) is None:
+            body[name] = value
+            changed = True
+    messages = body.get("messages")
+    if defaults.system_prompt and isinstance(messages, list) and not any(map(_instructs, messages)):
+        body["messages"] = [{"role": "system", "content": defaults.system_prompt}, *messages]
+        changed = True
+    return changed
+
+
+def _instructs(message: object) -> bool:
+    return isinstance(message, dict) and message.get("role") in ("system", "developer")

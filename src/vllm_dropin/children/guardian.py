@@ -1,0 +1,131 @@
+"""Keeps one engine from outliving us: starts it in a session of its own and kills all of it when we are gone.
+
+    guardian.py LIFELINE_FD REPORT_FD COMMAND...
+
+LIFELINE_FD is the read end of a pipe whose write end only the supervisor holds: end of file means that the supervisor
+is dead, however it died. REPORT_FD takes two lines: `started PID`, then `exited STATUS` (a wait status). The guardian
+is the engine's subreaper, so that what the engine leaves behind becomes our child and is found by its parent.
+
+Standard library only, and few imports: this process lives as long as the engine does. (Own session, subreaper and
+PDEATHSIG in the supervisor are not enough: forks do not inherit PDEATHSIG, and the subreaper is what died.)
+"""
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def become_subreaper() -> None:
+    """Make orphaned descendants our children. Raises OSError where the kernel refuses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def descendants(root: int) -> list[int]:
+    """The pids of all living descendants of `root`, parents before children."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            with open(f"/proc/{entry}/stat", encoding="utf-8", errors="replace") as file:
+                state, parent = file.read().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # it ended while we looked
+        if state != "Z":
+            children.setdefault(int(parent), []).append(int(entry))
+    found: list[int] = []
+    queue = [root]
+    while queue:
+        for pid in children.get(queue.pop(0), ()):
+            found.append(pid)
+            queue.append(pid)
+    return found
+
+
+def reap() -> dict[int, int]:
+    """Collect every child that has ended: pid to wait status."""
+    ended: dict[int, int] = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid == 0:
+            return ended
+        ended[pid] = status
+
+
+def kill_all(deadline: float = 10.0) -> None:
+    """Kill every descendant, again until none is left: one may fork while we look. Bounded by `deadline` seconds."""
+    end = time.monotonic() + deadline
+    while time.monotonic() < end:
+        pids = descendants(os.getpid())
+        if not pids:
+            break
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.01)
+        reap()
+    reap()
+
+
+def start(command: list[str], keep_closed: tuple[int, ...]) -> int:
+    """Fork and exec `command` in a session of its own, with default signal handling. Returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
+        for descriptor in keep_closed:
+            os.close(descriptor)
+        os.execvpe(command[0], command, os.environ)
+    except OSError as error:
+        os.write(2, f"cannot start {command[0]}: {error.strerror}\n".encode())
+    os._exit(127)
+
+
+def main(arguments: list[str]) -> int:
+    lifeline, report = int(arguments[0]), int(arguments[1])
+    become_subreaper()
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # Only the lifeline ends us: the engine must not lose its guardian first.
+        signal.signal(number, signal.SIG_IGN)
+    engine = start(arguments[2:], (lifeline, report, wake_read, wake_write))
+    os.write(report, f"started {engine}\n".encode())
+    poller = select.poll()
+    poller.register(lifeline, select.POLLIN)
+    poller.register(wake_read, select.POLLIN)
+    while True:
+        ready = {descriptor for descriptor, _ in poller.poll()}
+        if lifeline in ready:
+            kill_all()
+            return 0
+        if wake_read in ready:
+            os.read(wake_read, 4096)
+        ended = reap()
+        if engine in ended:
+            kill_all()
+            os.write(report, f"exited {ended[engine]}\n".encode())
+            return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

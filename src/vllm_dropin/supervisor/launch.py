@@ -1,0 +1,116 @@
+"""From settings to an engine that can be started: hook, model, download, weights, command. Each at most once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vllm_dropin.engine.command import EnginePlan, build
+from vllm_dropin.engine.weights import check_weights
+from vllm_dropin.gateway.state import Phase
+from vllm_dropin.logging import get
+from vllm_dropin.platforms.events import StatusReporter
+from vllm_dropin.settings.settings import HookSettings, Settings
+from vllm_dropin.supervisor.download import DownloadRequest, Progress, download
+from vllm_dropin.supervisor.engine import EngineSite
+from vllm_dropin.supervisor.hook import HookRequest, HookState, run_hook
+from vllm_dropin.supervisor.phases import PhaseBoard
+from vllm_dropin.supervisor.probe import Probe
+from vllm_dropin.supervisor.references import references
+from vllm_dropin.supervisor.runtime import RuntimeFolder
+
+log = get("launch")
+hook_log = get("custom.py")
+
+
+class Launch:
+    """Prepares the engine of one service. An engine restart uses the same command: nothing here runs again."""
+
+    def __init__(self, settings: Settings, runtime: RuntimeFolder, board: PhaseBoard, reporter: StatusReporter) -> None:
+        self._settings = settings
+        self._runtime = runtime
+        self._board = board
+        self._reporter = reporter
+
+    async def prepare(self) -> EngineSite:
+        """Do everything that comes before the engine. Raises what each step raises; all of it ends the start."""
+        settings = self._settings
+        stages = 3 if settings.hook and settings.hook.has_load_model else 1
+        changes: Mapping[str, str | None] = {}
+        if settings.hook is not None:
+            self._reporter.stage(1, stages, "Running custom.py")
+            changes = await self._run_hook(settings.hook)
+            if stages == 3:
+                self._reporter.stage(2, stages, "custom.py has finished")
+        settings = settings.after_hook(changes)
+        if settings.engine is not None and settings.engine.model.hub_id is not None:
+            settings = await self._download(settings, settings.engine, settings.engine.model.hub_id)
+        plan = settings.engine
+        assert plan is not None  # an upstream is not launched
+        if plan.model.local is not None and plan.model.local.is_dir():
+            report = await asyncio.to_thread(check_weights, plan.model.local)
+            for warning in report.warnings:
+                log.warning("%s", warning)
+        self._reporter.stage(stages, stages, "Launching the engine")
+        socket = None if plan.tcp else self._runtime.engine_socket
+        target: Path | str = f"http://{plan.tcp[0]}:{plan.tcp[1]}" if plan.tcp else self._runtime.engine_socket
+        command = build(plan, self._runtime.engine_socket)
+        return EngineSite(command, settings.folder.path, Probe(target), socket)
+
+    async def _run_hook(self, hook: HookSettings) -> Mapping[str, str | None]:
+        settings = self._settings
+        assert settings.engine is not None  # an upstream needs no hook
+        self._board.enter(Phase.HOOK, "custom.py is running")
+        state = HookState(settings.paths.state_dir / "hooks" / folder_key(settings.folder.path))
+        if state.unfinished:
+            log.warning("the last run of custom.py did not finish; what it wrote may be incomplete, it runs again")
+        state.started()
+        request = HookRequest(
+            python=settings.engine.python.path,
+            hook_file=hook.file,
+            code_dir=settings.folder.path,
+            environ=settings.environments.hook,
+            timeout=hook.timeout,
+            runtime_dir=self._runtime.path,
+        )
+        result = await run_hook(request, lambda line: hook_log.info("%s", line))
+        state.finished()
+        return result.environ_changes
+
+    async def _download(self, settings: Settings, plan: EnginePlan, model: str) -> Settings:
+        """Fetch the hub model; the engine starts offline only when everything that its flags name is complete."""
+        self._board.enter(Phase.DOWNLOADING, model)
+        flags = flag_values(plan)
+        folder = flags.get("download_dir")
+        request = DownloadRequest(
+            python=plan.python.path,
+            references=references(model, flags, settings.folder.path),
+            environ=settings.environments.download,
+            cwd=settings.folder.path,
+            download_dir=Path(folder[-1]) if folder else None,
+        )
+        result = await download(request, self._show)
+        for reason in result.missing:
+            log.warning("the engine stays online: %s", reason)
+        return settings.after_download(result.folder, result.complete)
+
+    def _show(self, progress: Progress) -> None:
+        self._board.enter(Phase.DOWNLOADING, str(progress), progress.fraction)
+
+
+def flag_values(plan: EnginePlan) -> dict[str, Sequence[str]]:
+    """The engine's flags as dest to values; a dotted JSON key is an entry of its own, `dest.key`."""
+    values: dict[str, Sequence[str]] = {}
+    for flag in plan.flags:
+        name, equals, value = flag.tokens[0].partition("=")
+        dotted = name.partition(".")[2]
+        key = f"{flag.dest}.{dotted}" if dotted else flag.dest
+        values[key] = (value, *flag.tokens[1:]) if equals else flag.tokens[1:]
+    return values
+
+
+def folder_key(folder: Path) -> str:
+    """A name for what the state folder keeps about one model folder: several may share a state folder."""
+    return hashlib.sha256(str(folder).encode()).hexdigest()[:16]

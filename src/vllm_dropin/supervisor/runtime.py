@@ -1,0 +1,90 @@
+"""The runtime folder (private, of one process) and the public socket."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_dropin.errors import AddressError, ConfigurationError
+
+SOCKET_PATH_LIMIT = 100
+"""Bytes: a unix socket's path has 108 on Linux, and vLLM adds to it for its own sockets."""
+
+BACKLOG = 2048
+
+
+@dataclass(frozen=True)
+class RuntimeFolder:
+    """A 0700 folder that lives as long as the supervisor: engine socket, shared state, worker configuration."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, wanted: Path | None) -> RuntimeFolder:
+        """Make a new private folder below `wanted`, or below the temporary folder when that path is too long.
+
+        Raises ConfigurationError when neither can be written.
+        """
+        base = wanted or Path(tempfile.gettempdir())
+        if len(os.fsencode(base)) + len("/vllm-dropin-xxxxxxxx/engine.sock") > SOCKET_PATH_LIMIT:
+            base = Path("/tmp")  # noqa: S108 (mkdtemp makes it private)
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+            return cls(Path(tempfile.mkdtemp(prefix="vllm-dropin-", dir=base)))
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot make a runtime folder in {base}: {error.strerror}",
+                "Give a writable folder with --runtime-dir.",
+            ) from error
+
+    @property
+    def engine_socket(self) -> Path:
+        return self.path / "engine.sock"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state"
+
+    @property
+    def gateway_config(self) -> Path:
+        return self.path / "gateway.json"
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind and listen on the public address, without SO_REUSEPORT: a second instance must not share the traffic.
+
+    Raises AddressError, with what to do, when the address is taken or is not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4]
+        public = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise AddressError(f"cannot listen on {host}: {error.strerror}", "Check --address.") from error
+    try:
+        public.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            public.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
+        public.bind(address)
+        public.listen(BACKLOG)
+    except OSError as error:
+        public.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AddressError(
+                f"{host}:{port} is taken by another process",
+                "Stop that process or choose another port with --address.",
+            ) from error
+        if error.errno == errno.EACCES:
+            raise AddressError(
+                f"not allowed to listen on {host}:{port}", "Choose a port above 1023 with --address."
+            ) from error
+        raise AddressError(f"cannot listen on {host}:{port}: {error.strerror}", "Check --address.") from error
+    return public

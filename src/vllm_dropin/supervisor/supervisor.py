@@ -1,0 +1,195 @@
+"""The parent of everything: brings one service up in order, keeps it up, and takes it down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import tempfile
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from vllm_dropin.errors import ConfigurationError, DrainOverrunError, DropinError
+from vllm_dropin.gateway.state import Phase, SharedState
+from vllm_dropin.logging import REDACTOR, get
+from vllm_dropin.platforms.events import StatusReporter
+from vllm_dropin.settings.settings import Settings
+from vllm_dropin.supervisor.briefing import gateway_config
+from vllm_dropin.supervisor.engine import EngineKeeper
+from vllm_dropin.supervisor.launch import Launch
+from vllm_dropin.supervisor.orphans import Orphans
+from vllm_dropin.supervisor.phases import PhaseBoard
+from vllm_dropin.supervisor.probe import Probe
+from vllm_dropin.supervisor.process import GuardedProcess
+from vllm_dropin.supervisor.restarts import RestartBudget
+from vllm_dropin.supervisor.runtime import RuntimeFolder, listen
+from vllm_dropin.supervisor.workers import GatewayWorkers
+
+log = get("supervisor")
+
+TICK = 0.05
+"""Seconds between looks at the in-flight counters while draining."""
+
+
+class Supervisor:
+    """One service, from its socket to its last process. `run` once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stop = asyncio.Event()
+        self._keeper: EngineKeeper | None = None
+
+    async def run(self) -> int:
+        """Serve until told to stop. Returns the exit code; raises DropinError for a failure that ends the process."""
+        settings = self._settings
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        public = listen(settings.listen.host, settings.listen.port)
+        runtime = RuntimeFolder.create(settings.paths.runtime_dir)
+        try:
+            return await self._run(public, runtime)
+        finally:
+            public.close()
+            runtime.remove()
+
+    async def _run(self, public: socket.socket, runtime: RuntimeFolder) -> int:
+        settings = self._settings
+        state = SharedState.create(runtime.state, settings.listen.workers)
+        board = PhaseBoard(state, settings.engine.python.version if settings.engine else None)
+        gateway_config(settings, runtime).save(runtime.gateway_config)
+        workers = GatewayWorkers(public, runtime, state, settings.environments.gateway)
+        await workers.start()
+        log.info("listening on http://%s:%d", *public.getsockname()[:2])
+        reporter = StatusReporter.of(settings.platform)
+        service = asyncio.create_task(self._serve(runtime, state, board, reporter), name="service")
+        tasks = {
+            asyncio.create_task(self._stop.wait(), name="stop"),
+            asyncio.create_task(workers.run(), name="workers"),
+            asyncio.create_task(self._reap(workers), name="orphans"),
+            service,
+        }
+        failure: DropinError | None = None
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            failure = await self._failure(done)
+            if failure is not None:
+                log.error("%s", REDACTOR.hide(str(failure)))
+                board.fail(failure)
+                reporter.send("Deployment failed", REDACTOR.hide(str(failure)))
+                if settings.supervision.error_server:
+                    log.info("the error server answers until SIGTERM")
+                    await self._stop.wait()
+            elif not await self._drain(state, board):
+                failure = DrainOverrunError(
+                    f"requests were still running {settings.supervision.drain_timeout:.0f} s after the stop signal; "
+                    "they were cut off",
+                    "Raise --drain-timeout, together with the platform's grace period.",
+                )
+        finally:
+            await self._take_down(service, tasks, workers)
+            if failure is None:
+                board.enter(Phase.STOPPED)
+            await asyncio.to_thread(reporter.close)
+        if failure is not None:
+            raise failure
+        return 0
+
+    async def _failure(self, done: set[asyncio.Task[Any]]) -> DropinError | None:
+        """What ended the service, unless it was a signal."""
+        for task in done:
+            error = task.exception()
+            if isinstance(error, DropinError):
+                return error
+            if error is not None:
+                raise error  # a fault of ours: the traceback is the best report
+        return None
+
+    async def _serve(
+        self, runtime: RuntimeFolder, state: SharedState, board: PhaseBoard, reporter: StatusReporter
+    ) -> None:
+        """Prepare and keep the engine, or watch the upstream. Ends only by an error or by cancellation."""
+        settings = self._settings
+        if settings.upstream is not None:
+            await watch_upstream(settings, state, board)
+            return
+        prepare_state_dir(settings.paths.state_dir)
+        site = await Launch(settings, runtime, board, reporter).prepare()
+        self._keeper = EngineKeeper(
+            site,
+            RestartBudget(settings.supervision.max_restarts, settings.supervision.max_backoff),
+            state,
+            board,
+            on_restart=lambda reason: reporter.send("Engine restarted", REDACTOR.hide(reason)),
+            start_timeout=settings.supervision.start_timeout,
+            hang_timeout=settings.supervision.hang_timeout,
+        )
+        await self._keeper.run()
+
+    async def _reap(self, workers: GatewayWorkers) -> None:
+        orphans = Orphans()
+        while True:
+            await asyncio.sleep(1.0)
+            orphans.reap(GuardedProcess.guardians | set(workers.pids))
+
+    async def _drain(self, state: SharedState, board: PhaseBoard) -> bool:
+        """Refuse new work and wait for what runs. False when the deadline passed first."""
+        state.draining = True
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._settings.supervision.drain_timeout
+        board.enter(Phase.DRAINING, f"{_running(state)} request(s) and rows in flight")
+        await asyncio.sleep(TICK)  # a request may have passed the check a moment before the flag was set
+        while _running(state) > 0:
+            if clock() >= deadline:
+                return False
+            await asyncio.sleep(TICK)
+        return True
+
+    async def _take_down(
+        self, service: asyncio.Task[None], tasks: set[asyncio.Task[Any]], workers: GatewayWorkers
+    ) -> None:
+        """Stop the whole tree: engine and workers at the same time, then our own tasks."""
+        service.cancel()
+        with contextlib.suppress(asyncio.CancelledError, DropinError):
+            await service
+        endings: list[Coroutine[Any, Any, None]] = [workers.stop()]
+        if self._keeper is not None:
+            endings.append(self._keeper.stop())
+        await asyncio.gather(*endings)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _running(state: SharedState) -> int:
+    return state.total("in_flight") + state.total("queued") + state.total("rows_in_flight")
+
+
+async def watch_upstream(settings: Settings, state: SharedState, board: PhaseBoard) -> None:
+    """Follow the health of a server that somebody else runs: ready while it answers, loading while it does not."""
+    assert settings.upstream is not None
+    key = settings.upstream_key.reveal() if settings.upstream_key else None
+    probe = Probe(settings.upstream, key=key)
+    state.generation += 1
+    board.enter(Phase.LOADING, "waiting for the upstream")
+    while True:
+        if (models := await probe.models()) is not None:
+            state.max_model_len = models.max_model_len
+            board.enter(Phase.READY)
+        elif board.phase is Phase.READY:
+            state.generation += 1
+            board.enter(Phase.RESTARTING, "the upstream does not answer")
+        await asyncio.sleep(1.0)
+
+
+def prepare_state_dir(folder: Path) -> None:
+    """Make the state folder, private. Raises ConfigurationError when it can't be written."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"the state folder {folder} can't be written: {error.strerror}", "Give a writable one with --state-dir."
+        ) from error

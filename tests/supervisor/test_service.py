@@ -1,0 +1,398 @@
+"""One service from its socket to its last process: real processes, with the stub in the engine's place."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.contract.drivers import Engine, Ours, Service, free_port, start
+from tests.contract.folders import make_folder
+
+Start = Callable[..., Service]
+CHAT = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+class OursWith(Ours):
+    """`vllm-dropin serve` with more flags."""
+
+    def __init__(self, *flags: str) -> None:
+        self.flags = flags
+
+    def command(self, *arguments):
+        return [*super().command(*arguments), *self.flags]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Start]:
+    """Start the product: `serve(*flags, environ=…, load_seconds=…, **folder)`. Not yet ready."""
+    started: list[Service] = []
+
+    def begin(*flags: str, environ=None, load_seconds: float = 0, **folder) -> Service:
+        scratch = tmp_path / str(len(started))
+        scratch.mkdir()
+        model = make_folder(scratch / "model", **folder)
+        engine = Engine.stub(scratch / "engine", load_seconds)
+        started.append(start(OursWith(*flags), model, engine, scratch, environ))
+        return started[-1]
+
+    yield begin
+    for service in started:
+        service.stop()
+
+
+class Events(http.server.ThreadingHTTPServer):
+    """The platform's side of the status events: keeps what arrives."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict] = []
+        self.tokens: list[str] = []
+        events = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                length = int(self.headers["Content-Length"])
+                events.bodies.append({"path": self.path, **json.loads(self.rfile.read(length))})
+                events.tokens.append(self.headers["Authorization"])
+                self.send_response(202)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {
+            "DATAROBOT_ENDPOINT": f"http://127.0.0.1:{self.server_port}/api/v2",
+            "DATAROBOT_API_TOKEN": "platform-token",
+            "MLOPS_DEPLOYMENT_ID": "deployment-1",
+        }
+
+    def titles(self) -> list[str]:
+        return [body["title"] for body in self.bodies]
+
+
+@pytest.fixture
+def events() -> Iterator[Events]:
+    server = Events()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def status(service: Service) -> dict:
+    return httpx2.get(f"{service.url}/status").json()
+
+
+def answers(service: Service, path: str) -> int | None:
+    try:
+        return httpx2.get(f"{service.url}{path}", timeout=5).status_code
+    except httpx2.TransportError:
+        return None
+
+
+def gone(pids: list[int]) -> bool:
+    return not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_the_socket_answers_while_the_engine_loads(serve):
+    service = serve(load_seconds=3)
+    service.wait_for(lambda: answers(service, "/") == 503, 5, "no 503")
+    assert answers(service, "/livez") == 200
+    assert answers(service, "/readyz") == 503
+    assert status(service)["phase"] in ("starting", "loading")
+    service.wait_ready(20)
+    assert status(service)["phase"] == "ready"
+    assert [moment["phase"] for moment in status(service)["timeline"]][-1] == "ready"
+
+
+def test_a_taken_port_ends_at_once(serve, tmp_path):
+    with socket.create_server(("127.0.0.1", free_port())) as other:
+        service = serve("--address", f"127.0.0.1:{other.getsockname()[1]}")
+        assert service.exit_code(10) == 78
+    assert "is taken by another process" in service.output()
+    assert not (tmp_path / "0" / "engine" / "record" / "launch.json").exists()
+
+
+def test_an_engine_that_dies_is_started_again(serve, events):
+    service = serve(environ=events.environ).wait_ready(20)
+    first = service.launch().pid
+    os.kill(first, signal.SIGKILL)
+    service.wait_for(lambda: answers(service, "/readyz") == 503, 2, "still ready")
+    service.wait_ready(20)
+    assert service.launch().pid != first
+    assert status(service)["engine"]["restarts"] == 1
+    service.wait_for(lambda: "Engine restarted" in events.titles(), 5, "no event")
+    assert "SIGKILL" in events.bodies[-1]["message"]
+
+
+def test_stages_are_told_to_the_platform(serve, events):
+    service = serve(environ=events.environ, custom="def load_model(code_dir):\n    return None\n").wait_ready(20)
+    service.wait_for(lambda: len(events.bodies) == 3, 5, "no three events")
+    assert events.titles() == [f"Deployment stage {index} out of 3" for index in (1, 2, 3)]
+    assert {body["eventType"] for body in events.bodies} == {"deploymentInfo"}
+    assert {body["deploymentId"] for body in events.bodies} == {"deployment-1"}
+    assert {body["path"] for body in events.bodies} == {"/api/v2/remoteEvents/"}
+    assert set(events.tokens) == {"Bearer platform-token"}
+    assert "DATAROBOT_API_TOKEN" not in service.launch().environ
+
+
+def test_an_engine_that_never_starts_ends_the_service(serve, events):
+    service = serve(load_seconds=-1, environ=events.environ)
+    assert service.exit_code(30) == 70
+    assert "the engine can't start" in service.output()
+    assert "Deployment failed" in events.titles()
+
+
+def test_a_spent_restart_budget_ends_the_service(serve):
+    service = serve(environ={"MLOPS_RUNTIME_PARAM_max_watchdog_restarts": '{"type": "numeric", "payload": 1}'})
+    service.wait_ready(20)
+    first = service.launch().pid
+    os.kill(first, signal.SIGKILL)
+    service.wait_for(lambda: service.launch().pid != first, 20, "no restart")
+    service.wait_ready(20)
+    os.kill(service.launch().pid, signal.SIGKILL)
+    assert service.exit_code(20) == 70
+    assert "budget of 1 restarts" in service.output()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise ValueError('no such bucket')", "ValueError: no such bucket"),
+        ("import os; os._exit(3)", "exit code 3"),
+        ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
+        ("import time; time.sleep(60)", "deadline of 1 s"),
+    ],
+)
+def test_a_hook_that_fails_in_any_way_ends_the_service(serve, events, body, said):
+    code = f"def load_model(code_dir):\n    {body}\n"
+    service = serve("--hook-timeout", "1", custom=code, environ=events.environ)
+    assert service.exit_code(20) == 78
+    assert said in service.output()
+    assert events.titles()[-1] == "Deployment failed"
+    assert said in events.bodies[-1]["message"]
+
+
+def test_the_error_server_says_why_until_sigterm(serve):
+    code = "def load_model(code_dir):\n    raise ValueError('no such bucket')\n"
+    service = serve("--with-error-server", custom=code)
+    for path in ("/", "/ping", "/ping/", "/health/"):
+        service.wait_for(lambda path=path: answers(service, path) == 513, 10, "no 513")
+    assert (answers(service, "/readyz"), answers(service, "/livez")) == (503, 200)
+    error = status(service)["error"]
+    assert error["code"] == "hook"
+    assert "no such bucket" in error["message"]
+    assert error["remedy"]
+    assert service.process is not None
+    service.process.terminate()
+    assert service.exit_code(10) == 78
+
+
+def test_rows_wait_for_a_restart_and_chats_do_not(serve):
+    service = serve().wait_ready(20)
+    results = []
+    rows = "promptText\n" + "".join(f"[[sleep 1.5]] {index}\n" for index in range(8))
+    client = threading.Thread(
+        target=lambda: results.append(httpx2.post(f"{service.url}/predict/", content=rows, timeout=60))
+    )
+    client.start()
+    service.wait_for(lambda: service.engine_requests() or status(service)["load"]["in_flight"], 5, "no rows")
+    time.sleep(0.5)
+    os.kill(service.launch().pid, signal.SIGKILL)
+    service.wait_for(lambda: answers(service, "/readyz") == 503, 2, "still ready")
+    chat = httpx2.post(f"{service.url}/v1/chat/completions", json=CHAT)
+    assert chat.status_code == 503
+    assert "Retry-After" in chat.headers
+    client.join(60)
+    assert results[0].status_code == 200
+    assert [text.split()[-1] for text in results[0].json()["predictions"]] == [str(index) for index in range(8)]
+
+
+def test_a_row_that_kills_the_engine_twice_fails_alone(serve):
+    """The stub dies of nothing by itself: the test kills it whenever the poisoned row is alone in it."""
+    service = serve().wait_ready(20)
+    results = []
+    rows = "promptText\n[[sleep 3]] poison\nfine\n"
+    client = threading.Thread(
+        target=lambda: results.append(httpx2.post(f"{service.url}/predict/", content=rows, timeout=60))
+    )
+    client.start()
+    for _ in range(2):
+        time.sleep(1)
+        pid = service.launch().pid
+        os.kill(pid, signal.SIGKILL)
+        service.wait_for(lambda pid=pid: service.launch().pid != pid, 20, "no restart")
+        service.wait_for(lambda: answers(service, "/readyz") == 200, 20, "not ready")
+    client.join(60)
+    answer = results[0].json()
+    assert answer["predictions"] == ["", "echo: fine"]
+    assert "engine crashed on this row" in answer["extraModelOutput"]["data"][0][0]
+
+
+def test_sigterm_waits_for_what_runs(serve):
+    service = serve().wait_ready(20)
+    results = []
+    slow = {"messages": [{"role": "user", "content": "[[sleep 2]] slow"}]}
+    client = threading.Thread(
+        target=lambda: results.append(httpx2.post(f"{service.url}/v1/chat/completions", json=slow, timeout=30))
+    )
+    client.start()
+    service.wait_for(lambda: status(service)["load"]["in_flight"] == 1, 5, "not in flight")
+    pids = service.processes()
+    assert service.process is not None
+    for _ in range(3):
+        service.process.terminate()
+        time.sleep(0.05)
+    assert answers(service, "/readyz") == 503
+    assert httpx2.post(f"{service.url}/v1/chat/completions", json=CHAT).status_code == 503
+    client.join(30)
+    assert results[0].status_code == 200
+    assert service.exit_code(15) == 0
+    assert gone(pids)
+
+
+def test_a_drain_that_takes_too_long_is_cut_off_and_told(serve):
+    service = serve("--drain-timeout", "1").wait_ready(20)
+    slow = {"messages": [{"role": "user", "content": "[[sleep 30]] slow"}]}
+
+    def ask() -> None:
+        with contextlib.suppress(httpx2.TransportError):
+            httpx2.post(f"{service.url}/v1/chat/completions", json=slow, timeout=60)
+
+    client = threading.Thread(target=ask)
+    client.start()
+    service.wait_for(lambda: status(service)["load"]["in_flight"] == 1, 5, "not in flight")
+    pids = service.processes()
+    assert service.process is not None
+    service.process.terminate()
+    assert service.exit_code(20) == 75
+    client.join(30)
+    assert gone(pids)
+
+
+@pytest.mark.parametrize("moment", ["loading", "ready"])
+def test_sigkill_of_the_supervisor_leaves_nothing(serve, moment):
+    service = serve(load_seconds=30 if moment == "loading" else 0)
+    if moment == "ready":
+        service.wait_ready(20)
+    else:
+        service.launch()
+    pids = service.processes()
+    assert len(pids) >= 4  # supervisor, worker, guardian, engine
+    assert service.process is not None
+    service.process.kill()
+    service.process.wait(5)
+    service.wait_for(lambda: gone(pids), 5, "processes are left")
+
+
+def test_a_dead_gateway_worker_is_replaced_within_a_second(serve):
+    service = serve("--workers", "2").wait_ready(20)
+
+    def workers() -> set[int]:
+        return {
+            pid
+            for pid in service.processes()
+            if b"vllm_dropin.gateway.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        }
+
+    first = workers()
+    assert len(first) == 2
+    victim = min(first)
+    os.kill(victim, signal.SIGKILL)
+    service.wait_for(lambda: len(workers() - {victim}) == 2, 5, "no new worker")
+    results = {answers(service, "/readyz") for _ in range(20)}
+    assert results == {200}
+    assert httpx2.post(f"{service.url}/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_an_upstream_is_served_without_an_engine(serve, tmp_path):
+    behind = serve().wait_ready(20)
+    front = serve("--upstream", f"{behind.url}/v1").wait_ready(20)
+    assert httpx2.post(f"{front.url}/v1/chat/completions", json=CHAT).status_code == 200
+    assert not (tmp_path / "1" / "engine" / "record" / "launch.json").exists()
+    rows = httpx2.post(f"{front.url}/predict/", content="promptText\none\ntwo\n")
+    assert rows.json()["predictions"] == ["echo: one", "echo: two"]
+    assert behind.process is not None
+    behind.process.terminate()
+    behind.process.wait(15)
+    front.wait_for(lambda: answers(front, "/readyz") == 503, 5, "still ready")
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
+def test_as_pid_1_it_reaps_and_stops(tmp_path):
+    """In a PID namespace of its own, with a hook that leaves zombies behind: SIGTERM ends it with 0."""
+    leaver = "import os, subprocess, sys\ndef load_model(code_dir):\n"
+    leaver += "    subprocess.run(['sh', '-c', 'sleep 0.2 & sleep 0.3 &'])\n"
+    folder = make_folder(tmp_path / "model", custom=leaver)
+    engine = Engine.stub(tmp_path / "engine", 0)
+    driver = Ours()
+    port = free_port()
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    log = (tmp_path / "log").open("wb")
+    with subprocess.Popen(
+        [*command, *driver.command(folder, engine, port, tmp_path)],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+    ) as outer:
+        service = Service(f"http://127.0.0.1:{port}", process=outer, log=tmp_path / "log")
+        service.wait_ready(20)
+        time.sleep(3)
+        children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+        assert len(children) == 1
+        namespace = Path(f"/proc/{children[0]}/ns/pid").readlink()
+        inside = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and in_namespace(entry, namespace)]
+        assert not [entry for entry in inside if "\nState:\tZ" in (entry / "status").read_text()]
+        os.kill(int(children[0]), signal.SIGTERM)
+        assert outer.wait(15) == 0
+    log.close()
+
+
+def in_namespace(entry: Path, namespace: Path) -> bool:
+    try:
+        return (entry / "ns" / "pid").readlink() == namespace
+    except OSError:
+        return False
+
+
+def test_the_command_needs_no_engine_to_explain_itself(tmp_path):
+    script = Path(sys.executable).with_name("vllm-dropin")
+    done = subprocess.run([script, "serve", tmp_path / "nothing"], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 78
+    assert "does not exist" in done.stderr
+
+
+def test_a_hanging_engine_is_killed_and_started_again(serve):
+    """A stopped process keeps its socket open and answers nothing: only what waits on it shows that."""
+    service = serve("--hang-timeout", "2").wait_ready(20)
+    first = service.launch().pid
+    results = []
+    client = threading.Thread(
+        target=lambda: results.append(httpx2.post(f"{service.url}/predict/", content="promptText\none\n", timeout=90))
+    )
+    os.kill(first, signal.SIGSTOP)
+    client.start()
+    service.wait_for(lambda: service.launch().pid != first, 40, "no restart")
+    client.join(60)
+    assert results[0].json()["predictions"] == ["echo: one"]
+    assert "nothing has moved in it for 2 s" in service.output()

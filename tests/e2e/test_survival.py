@@ -1,0 +1,111 @@
+"""The real engine killed, and the service stopped: what a client sees, and what is left in the process table."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import httpx2
+import pytest
+
+from tests.e2e.test_rows import as_csv
+
+pytestmark = pytest.mark.e2e
+
+LONG_STREAM = {
+    "messages": [{"role": "user", "content": "Count."}],
+    "max_tokens": 1500,
+    "stream": True,
+    "ignore_eos": True,
+}
+
+
+def engine_pids(service) -> list[int]:
+    """The processes of vLLM: those under the pid that /status names, by parent."""
+    found = [httpx2.get(f"{service.url}/status").json()["engine"]["pid"]]
+    for pid in found:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as file:
+                found += [int(child) for child in file.read().split()]
+    return found
+
+
+def core_pid(service) -> int:
+    """vLLM renames its core process to `VLLM::EngineCore`."""
+    for pid in engine_pids(service):
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            if b"EngineCore" in file.read():
+                return pid
+    raise AssertionError(f"no engine core among {engine_pids(service)}")
+
+
+def test_rows_survive_the_death_of_the_engine_core(real_service):
+    """All rows of a CSV are answered although the core is killed in the middle of it."""
+    answers = []
+
+    def score():
+        rows = as_csv([f"Write a story about the number {index}." for index in range(200)])
+        answers.append(httpx2.post(f"{real_service.url}/predict/", content=rows, timeout=400))
+
+    client = threading.Thread(target=score)
+    victims = engine_pids(real_service)
+    core = core_pid(real_service)
+    client.start()
+    time.sleep(4)
+    assert not answers, "the rows were done before the fault"
+    os.kill(core, signal.SIGKILL)
+    killed = time.monotonic()
+    real_service.wait_for(lambda: httpx2.get(f"{real_service.url}/readyz").status_code == 503, 5, "still ready")
+    assert time.monotonic() - killed < 2
+    client.join(400)
+    assert answers and answers[0].status_code == 200, answers and answers[0].text[:500]
+    assert len(answers[0].json()["predictions"]) == 200
+    assert all(answers[0].json()["predictions"])
+    assert not [pid for pid in victims if os.path.exists(f"/proc/{pid}")]
+    status = httpx2.get(f"{real_service.url}/status").json()
+    assert (status["phase"], status["engine"]["restarts"]) == ("ready", 1)
+
+
+def test_a_client_that_leaves_ends_the_engines_work(real_service):
+    def running() -> float:
+        text = httpx2.get(f"{real_service.url}/metrics").text
+        return sum(
+            float(line.split()[-1]) for line in text.splitlines() if line.startswith("vllm:num_requests_running")
+        )
+
+    with httpx2.stream("POST", f"{real_service.url}/v1/chat/completions", json=LONG_STREAM, timeout=60) as stream:
+        next(stream.iter_bytes())
+        real_service.wait_for(lambda: running() == 1, 5, "the request does not run")
+    real_service.wait_for(lambda: running() == 0, 3, "the request still runs")
+
+
+def test_sigterm_with_open_streams(start_real):
+    """New work is refused at once, streams that end in time end whole, and nothing is left. Streams that do not end in
+    time are cut at the drain deadline, and the exit code says so."""
+    service = start_real("--drain-timeout", "20")
+    pids = service.processes()
+    ended = []
+
+    def stream():
+        short = {**LONG_STREAM, "max_tokens": 60}
+        with httpx2.stream("POST", f"{service.url}/v1/chat/completions", json=short, timeout=120) as response:
+            ended.append("".join(response.iter_text()))
+
+    clients = [threading.Thread(target=stream) for _ in range(8)]
+    for client in clients:
+        client.start()
+    time.sleep(0.4)
+    for _ in range(3):
+        service.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    refused = httpx2.post(f"{service.url}/v1/chat/completions", json=LONG_STREAM)
+    assert refused.status_code == 503
+    assert json.loads(refused.content)["error"]
+    assert httpx2.get(f"{service.url}/readyz").status_code == 503
+    for client in clients:
+        client.join(60)
+    assert len(ended) == 8
+    assert all(text.rstrip().endswith("data: [DONE]") for text in ended)
+    assert service.exit_code(30) == 0
+    service.wait_for(lambda: not [pid for pid in pids if os.path.exists(f"/proc/{pid}")], 5, "processes are left")

@@ -67,3 +67,43 @@ def test_a_suspect_waits_for_rows_in_flight_and_holds_back_the_others() -> None:
         assert events == [f"{name} {way}" for name in ("early", "first", "second", "late") for way in ("in", "out")]
 
     run(test)
+
+
+def test_a_larger_limit_lets_waiting_rows_in_and_a_smaller_one_takes_no_place_away() -> None:
+    async def test() -> None:
+        gate, let_in = Gate(1), []
+
+        async def row(name: int) -> None:
+            await gate.acquire()
+            let_in.append(name)
+
+        rows = [asyncio.create_task(row(name)) for name in range(4)]
+        await settle()
+        assert let_in == [0]
+        gate.resize(3)
+        await settle()
+        assert let_in == [0, 1, 2]
+        gate.resize(1)
+        for _ in range(2):
+            gate.release()
+            await settle()
+            assert let_in == [0, 1, 2]
+        gate.release()
+        await asyncio.gather(*rows)
+        assert let_in == [0, 1, 2, 3]
+
+    run(test)
+
+
+def test_a_row_that_is_cancelled_when_its_place_comes_hands_it_on() -> None:
+    async def test() -> None:
+        gate = Gate(1)
+        await gate.acquire()
+        first, second = (asyncio.create_task(gate.acquire()) for _ in range(2))
+        await settle()
+        gate.release()
+        first.cancel()
+        await asyncio.wait_for(second, 1)
+        assert first.cancelled()
+
+    run(test)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from vllm_dropin.scoring.gate import Gate
-from vllm_dropin.scoring.prompts import GenerationDefaults
+from vllm_dropin.scoring.prompts import GenerationDefaults, chat_body
 from vllm_dropin.scoring.results import Fault, RowResult
 from vllm_dropin.scoring.rows import EMPTY, Row
 from vllm_dropin.scoring.scorer import CRASHED, GONE, RETRIES, EngineLost, Scorer
@@ -103,12 +103,15 @@ async def source(prompts: Iterable[str]) -> AsyncIterator[Row]:
         yield Row(index, index + 2, prompt)
 
 
-def scorer(engine: Engine, *, limit: int = 8, timeout: float = 20, ahead: int = 4096) -> Scorer:
-    gate = Gate(limit)
-    return Scorer(engine, GenerationDefaults(), "m", gate, timeout=timeout, ahead=ahead, backoff=0.002)
+def compose(row: Row) -> bytes:
+    return chat_body(row.prompt, GenerationDefaults(), "m")
 
 
-async def collect(scorer: Scorer, prompts: Iterable[str], ordered: bool = True) -> list[RowResult]:
+def scorer(engine: Engine, *, limit: int = 8, timeout: float = 20, ahead: int = 4096) -> Scorer[Row]:
+    return Scorer(engine, compose, Gate(limit), timeout=timeout, ahead=ahead, backoff=0.002)
+
+
+async def collect(scorer: Scorer[Row], prompts: Iterable[str], ordered: bool = True) -> list[RowResult]:
     async with aclosing(scorer.score(source(prompts), ordered=ordered)) as results:
         return [result async for result in results]
 
@@ -251,7 +254,7 @@ def test_a_death_while_a_row_waits_for_its_turn_counts() -> None:
         engine, gate = Engine(), Gate(2)
         lost = EngineLost("the connection broke off", sent=True)
         engine.replies["a"] = [lost, lost, said("A")]
-        asking = Scorer(engine, GenerationDefaults(), "m", gate, backoff=0.002)
+        asking = Scorer(engine, compose, gate, backoff=0.002)
         task = asyncio.create_task(collect(asking, "a"))
         while not engine.in_flight:
             await asyncio.sleep(0)

@@ -18,6 +18,7 @@ from vllm_dropin.gateway.state import Phase, SharedState, Slot
 from vllm_dropin.gateway.upload import Upload, open_upload, unusable
 from vllm_dropin.scoring import formats
 from vllm_dropin.scoring.gate import Gate
+from vllm_dropin.scoring.prompts import chat_body
 from vllm_dropin.scoring.results import Fault, RowResult
 from vllm_dropin.scoring.rows import Row, Survey, read_rows, survey
 from vllm_dropin.scoring.scorer import EngineLost, Scorer
@@ -100,11 +101,10 @@ class Predictions:
         return table
 
     async def _score(self, upload: Upload, size: int, answers: _Answers) -> None:
-        defaults = self._config.generation
-        scorer = Scorer(
+        defaults = self._config.generation.capped(self._state.max_model_len or self._config.max_model_len)
+        scorer = Scorer[Row](
             self._engine,
-            defaults.capped(self._state.max_model_len or self._config.max_model_len),
-            self._config.served_model,
+            lambda row: chat_body(row.prompt, defaults, self._config.served_model),
             self._gate,
             timeout=self._config.limits.request_timeout,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -15,7 +16,9 @@ class Gate:
     """
 
     def __init__(self, limit: int) -> None:
-        self._places = asyncio.Semaphore(limit)
+        self._limit = limit
+        self._held = 0
+        self._waiters: deque[asyncio.Future[None]] = deque()
         self._alone = asyncio.Lock()
         self._suspects = 0
         self._asking = 0
@@ -24,12 +27,40 @@ class Gate:
         self._calm.set()
         self._idle.set()
 
+    @property
+    def limit(self) -> int:
+        """How many rows may hold a place."""
+        return self._limit
+
+    def resize(self, limit: int) -> None:
+        """Change the limit. Rows above a smaller one keep their places until they are done."""
+        self._limit = limit
+        self._wake()
+
     async def acquire(self) -> None:
         """Take one of the places; a suspect keeps its place while it waits for its turn."""
-        await self._places.acquire()
+        if self._held < self._limit and not self._waiters:
+            self._held += 1
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                self.release()  # given a place and cancelled in the same turn of the loop: hand it on
+            else:
+                self._waiters.remove(waiter)
+            raise
 
     def release(self) -> None:
-        self._places.release()
+        self._held -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiters and self._held < self._limit:
+            self._held += 1
+            self._waiters.popleft().set_result(None)
 
     @contextmanager
     def suspicion(self) -> Iterator[None]:

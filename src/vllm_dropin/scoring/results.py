@@ -27,7 +27,7 @@ class RowResult:
     """The answer to one row: either completions (one or more), or an error with who is at fault.
 
     `finish_reasons` goes with `completions`. `tries` counts the requests that were sent to the engine. Token counts
-    are the engine's, 0 where it gives none.
+    are the engine's, 0 where it gives none. `reply` is its whole reply, where that was asked for.
     """
 
     index: int
@@ -39,6 +39,7 @@ class RowResult:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     tries: int = 0
+    reply: bytes | None = None
 
     @property
     def prediction(self) -> str:
@@ -51,8 +52,11 @@ def failure(row: Row, error: str, fault: Fault, tries: int = 0) -> RowResult:
     return RowResult(row.index, row.line, error=_bounded(error), fault=fault, tries=tries)
 
 
-def from_answer(row: Row, status: int, body: bytes, tries: int) -> RowResult:
-    """Read one whole reply of `/v1/chat/completions`, a good one or an error."""
+def from_answer(row: Row, status: int, body: bytes, tries: int, *, keep_reply: bool = False) -> RowResult:
+    """Read one whole reply of `/v1/chat/completions`, a good one or an error.
+
+    With `keep_reply` an answer without text, such as a tool call, is an answer: whoever reads the reply finds it there.
+    """
     try:
         payload = json.loads(body)
     except ValueError:
@@ -61,16 +65,16 @@ def from_answer(row: Row, status: int, body: bytes, tries: int) -> RowResult:
         fault = Fault.INPUT if status in _OWN_FAULT else Fault.ENGINE
         return failure(row, _reason(status, payload, row.prompt), fault, tries)
     try:
-        return _completed(row, payload, tries)
+        return _completed(row, payload, tries, body if keep_reply else None)
     except (AttributeError, KeyError, TypeError, ValueError):
         return failure(row, "the engine's reply is not a chat completion", Fault.ENGINE, tries)
 
 
-def _completed(row: Row, payload: Any, tries: int) -> RowResult:
+def _completed(row: Row, payload: Any, tries: int, reply: bytes | None) -> RowResult:
     choices = sorted(payload["choices"], key=lambda choice: int(choice.get("index") or 0))
     texts = [choice["message"].get("content") for choice in choices]
     reasons = tuple(str(choice.get("finish_reason") or "") for choice in choices)
-    if all(text is None for text in texts):
+    if reply is None and all(text is None for text in texts):
         why = ", ".join(sorted(set(reasons))) or "no choices"
         return failure(row, f"the model gave no text (finish reason: {why})", Fault.ENGINE, tries)
     usage = payload.get("usage") or {}
@@ -82,6 +86,7 @@ def _completed(row: Row, payload: Any, tries: int) -> RowResult:
         prompt_tokens=int(usage.get("prompt_tokens") or 0),
         completion_tokens=int(usage.get("completion_tokens") or 0),
         tries=tries,
+        reply=reply,
     )
 
 

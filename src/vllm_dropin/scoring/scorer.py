@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterable
-from typing import Protocol
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
+from typing import Generic, Protocol, TypeVar
 
 from vllm_dropin.scoring.gate import Gate
-from vllm_dropin.scoring.prompts import GenerationDefaults, chat_body
 from vllm_dropin.scoring.results import Fault, RowResult, failure, from_answer
 from vllm_dropin.scoring.rows import Row
 
@@ -19,6 +18,8 @@ GONE = "the engine is down and will not come back"
 RETRIES = 5  # further tries against one and the same engine
 AHEAD = 4096  # rows that may be finished or running ahead of the oldest one that is not
 _LONGEST_PAUSE = 5.0
+
+R = TypeVar("R", bound=Row)
 
 
 class Answer(Protocol):
@@ -52,33 +53,33 @@ class Completer(Protocol):
         """How many engines have been started; it grows before the next one can be asked."""
 
 
-class Scorer:
-    """Asks `completer` about rows with the same defaults and model.
+class Scorer(Generic[R]):
+    """Asks `completer` about rows. `compose` makes the chat completion request, as JSON, of one row.
 
     `timeout` in seconds bounds one row, the wait for a restart included. `backoff` in seconds is the first pause before
-    a further try; it doubles up to 5 s.
+    a further try; it doubles up to 5 s. `keep_reply` keeps the engine's whole reply with each answer.
     """
 
     def __init__(
         self,
         completer: Completer,
-        defaults: GenerationDefaults,
-        model: str | None,
+        compose: Callable[[R], bytes],
         gate: Gate,
         *,
         timeout: float = 3600,
         ahead: int = AHEAD,
         backoff: float = 0.2,
+        keep_reply: bool = False,
     ) -> None:
         self._completer = completer
-        self._defaults = defaults
-        self._model = model
+        self._compose = compose
         self._gate = gate
         self._timeout = timeout
         self._ahead = ahead
         self._backoff = backoff
+        self._keep_reply = keep_reply
 
-    async def score(self, rows: AsyncIterable[Row], *, ordered: bool = True) -> AsyncGenerator[RowResult, None]:
+    async def score(self, rows: AsyncIterable[R], *, ordered: bool = True) -> AsyncGenerator[RowResult, None]:
         """One result for each row, in the order of the rows or (`ordered` False) as they come.
 
         Rows are pulled only as places come free, so a source of millions costs no memory. Closing the generator cancels
@@ -104,11 +105,11 @@ class Scorer:
 
     async def _pump(
         self,
-        rows: AsyncIterable[Row],
+        rows: AsyncIterable[R],
         done: asyncio.Queue[tuple[int, RowResult] | None],
         room: asyncio.Semaphore,
     ) -> None:
-        async def answer(place: int, row: Row) -> None:
+        async def answer(place: int, row: R) -> None:
             done.put_nowait((place, await self._ask(row)))
 
         place = 0
@@ -129,20 +130,20 @@ class Scorer:
         finally:
             done.put_nowait(None)
 
-    async def _ask(self, row: Row) -> RowResult:
+    async def _ask(self, row: R) -> RowResult:
         try:
             async with asyncio.timeout(self._timeout):
                 return await self._persist(row, time.monotonic() + self._timeout)
         except TimeoutError:
             return failure(row, f"no answer within {self._timeout:g} s", Fault.UNAVAILABLE)
 
-    async def _persist(self, row: Row, deadline: float) -> RowResult:
+    async def _persist(self, row: R, deadline: float) -> RowResult:
         """Ask until there is an answer that will not change by asking again.
 
         Whether the engine died is only known when the next one is up: `lost_in` remembers the engine that had the row
         when its connection broke, and a later engine proves the death.
         """
-        body = chat_body(row.prompt, self._defaults, self._model)
+        body = self._compose(row)
         tries = failures = crashes = 0
         lost_in: int | None = None
         with contextlib.ExitStack() as stack:
@@ -164,7 +165,7 @@ class Scorer:
                         problem = failure(row, str(lost), Fault.UNAVAILABLE, tries)
                         seen = lost.sent
                     else:
-                        problem = from_answer(row, answer.status, answer.body, tries)
+                        problem = from_answer(row, answer.status, answer.body, tries, keep_reply=self._keep_reply)
                         if answer.status < 500 and answer.status != 429:
                             return problem
                         seen = answer.status >= 500  # a dying engine may still say so itself

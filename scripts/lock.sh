@@ -27,6 +27,8 @@ lock() { # lock OUTPUT INPUT... [OPTION...]
 lock product.lock ../pyproject.toml "$@"
 # dev.lock holds the runtime dependencies too, at the versions of product.lock.
 lock dev.lock ../pyproject.toml dev.in --constraint product.lock "$@"
+# What `score` reads s3://, gs:// and az:// with, beside product.lock.
+lock cloud.lock ../pyproject.toml --extra cloud --constraint product.lock "$@"
 # DRUM itself, which only `make check-contract` installs.
 lock incumbent.lock incumbent.in "$@"
 lock cpu.lock cpu.in --excludes cpu-excluded.txt "${torch_source[@]}" "$@"

@@ -100,7 +100,7 @@ def test_dotted_keys_win_wherever_they_stand() -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--foo", "1"], ["unknown flag --foo", "args[0]"]),
+        (["--foo", "1"], ["unknown flag --foo", "args[0]", "no vLLM from 0.26", "remove it"]),
         (["m", "--max-modle-len", "1"], ["unknown flag --max-modle-len", "args[1]", "did you mean --max-model-len?"]),
         (["--calculate-kv-scales"], ["unknown flag", "vLLM 0.28 removed it"]),
         (["-tp2"], ["unknown flag -tp2"]),
@@ -143,6 +143,13 @@ def test_refused(args: list[object], words: list[str]) -> None:
 def test_new_flag_names_its_version() -> None:
     with pytest.raises(FlagError, match=r"vLLM 0\.\d+ introduced it and this is 0\.26\.0"):
         FlagTable.load("0.26.0").parse(["--reasoning-config.x", "1", "--grpc-port", "1"], "the command line")
+
+
+@pytest.mark.parametrize("arg", ["--hf-token hf_s3cret", "--hf_token hf_s3cret", "--api-key s3cret"])
+def test_a_secret_in_one_argument_with_its_flag_is_not_shown(arg: str) -> None:
+    with pytest.raises(FlagError, match="in one argument") as caught:
+        parse(arg)
+    assert "s3cret" not in str(caught.value)
 
 
 def test_bad_json_value_is_not_shown() -> None:

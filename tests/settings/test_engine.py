@@ -222,8 +222,14 @@ def test_parameters_become_flags(resolve: Resolve) -> None:
     assert words.count("--trust-remote-code") == 1
     assert settings.served_model_names[0] == "mine"
     assert any("trust_remote_code is on" in warning for warning in settings.warnings)
-    with pytest.raises(FlagError, match="parameter max_model_len"):
-        resolve(config(), params=("max_model_len=long",))
+
+
+@pytest.mark.parametrize("value", ["4096.5", "long", "16Q"])
+def test_a_parameter_that_vllm_does_not_take_is_named_as_the_parameter(resolve: Resolve, value: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"parameter max_model_len \(--param\): .*'{value}'") as caught:
+        resolve(params=(f"max_model_len={value}",))
+    assert "args[" not in caught.value.message
+    assert "16k" in caught.value.remedy
 
 
 def test_a_flag_that_vllm_does_not_know(resolve: Resolve) -> None:
@@ -232,6 +238,19 @@ def test_a_flag_that_vllm_does_not_know(resolve: Resolve) -> None:
     ) as caught:
         resolve(config("--max-model-length", "5"))
     assert caught.value.exit_code == 78
+
+
+@pytest.mark.parametrize("word", ["16", "-1", "0.5", "true", "None", "", "-"])
+def test_a_stray_value_is_not_the_model(resolve: Resolve, word: str) -> None:
+    with pytest.raises(FlagError, match=r"engine_config\.json belongs to no flag") as caught:
+        resolve({"engine_config.json": engine_config("--max-num-seqs", "4", word), "vllm/config.json": "{}"})
+    assert repr(word) in caught.value.message
+
+
+def test_a_word_beside_a_named_model_is_warned_of(resolve: Resolve) -> None:
+    settings = resolve(config("org/other"))
+    assert setting(settings, "model").value == "org/model"
+    assert any("'org/other' in engine_config.json" in warning for warning in settings.warnings)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +298,13 @@ def test_a_hub_token_travels_by_the_environment_only(resolve: Resolve) -> None:
     assert {CANARY, "hf_weaker_one"} <= set(settings.secrets())
 
 
+def test_a_credential_wins_over_an_inherited_hub_token(resolve: Resolve) -> None:
+    credential = envelope("credential", {"apiToken": CANARY})
+    settings = resolve(config(), environ={"MLOPS_RUNTIME_PARAM_HuggingFaceToken": credential, "HF_TOKEN": "hf_older"})
+    assert setting(settings, "HuggingFaceToken").overrode == ("*** (HF_TOKEN)",)
+    assert "hf_older" in settings.secrets()  # the hook inherits it, and may print it
+
+
 def test_an_inherited_hub_token_is_kept(resolve: Resolve) -> None:
     settings = resolve(config(), environ={"HF_TOKEN": CANARY})
     assert settings.engine is not None
@@ -297,6 +323,8 @@ def test_flags_of_a_vllm_config_file_obey_the_same_rules(resolve: Resolve, tmp_p
     assert settings.served_model_names == ("datarobot-deployed-llm", "x", "y")
     with pytest.raises(FlagError, match=r"--port in more\.yaml"):
         resolve({**config("--config", "more.yaml"), "more.yaml": "port: 9\n"})
+    with pytest.raises(FlagError, match=r"--config in engine_config\.json names .*none\.yaml"):
+        resolve(config("--config", "none.yaml"))
 
 
 # Several GPUs

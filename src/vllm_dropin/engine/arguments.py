@@ -15,6 +15,8 @@ from vllm_dropin.engine import values
 from vllm_dropin.errors import FlagError
 
 _NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")
+_UNKNOWN_REMEDY = "Correct or remove it. `vllm serve --help=all` lists what this vLLM takes."
+_SECRET_NAME = re.compile(r"key|token|secret|password")
 _BOOLEAN_WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "0", "1", "none", "null"})
 
 
@@ -227,7 +229,8 @@ class Reader:
         """`"--max-model-len 4096"` as one argument is a value to vLLM, not a flag."""
         name, space, value = word.raw.partition(" ")
         if space and name.startswith("-"):
-            remedy = f'Write two arguments: "{name}", "{value.strip()}".'
+            shown = "…" if _SECRET_NAME.search(name) else value.strip()  # --hf-token hf_…
+            remedy = f'Write two arguments: "{name}", "{shown}".'
             raise self._fail(word.index, f"{name} and its value in one argument,", remedy)
 
     def _classify(self, word: _Word) -> _Word:
@@ -261,7 +264,7 @@ class Reader:
         name = word.text.partition("=")[0]
         more = self._explain(name)
         problem = f"unknown flag {name} in {self._origin} (args[{word.index}])"
-        return FlagError(f"{problem}; {more}" if more else problem)
+        return FlagError(f"{problem}; {more}" if more else problem, _UNKNOWN_REMEDY)
 
     def _swallowed(self, parsed: ParsedArgs) -> Iterable[str]:
         """`--served-model-name a b MODEL` makes MODEL a third name: say so when no model is named elsewhere."""

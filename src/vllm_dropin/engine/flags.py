@@ -86,6 +86,8 @@ class FlagTable:
             told.append(f"vLLM {_minor(next(gone, self.version))} removed it")
         elif others:
             told.append(f"vLLM {_minor(others[0])} introduced it and this is {self.version}")
+        else:
+            told.append(f"no vLLM from {_minor(shipped_versions()[0])} to {_minor(shipped_versions()[-1])} has it")
         near = difflib.get_close_matches(option, self._options, n=1, cutoff=0.7)
         if near:
             told.append(f"did you mean {near[0]}?")

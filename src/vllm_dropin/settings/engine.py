@@ -13,6 +13,8 @@ from vllm_dropin.engine.flags import FlagTable, load_table
 from vllm_dropin.engine.gpus import Gpu, visible_gpus
 from vllm_dropin.engine.interpreter import EnginePython
 from vllm_dropin.engine.parallelism import choose_parallelism, read_shape
+from vllm_dropin.errors import ConfigurationError, FlagError
+from vllm_dropin.model.contract import CONTRACT
 from vllm_dropin.model.folder import ModelFolder
 from vllm_dropin.model.parameters import ParameterValue, ParameterValues
 from vllm_dropin.model.secret import Secret
@@ -23,6 +25,8 @@ from vllm_dropin.settings.environment import HUB_TOKENS, for_engine
 from vllm_dropin.settings.model_choice import ModelPlan
 
 _OURS = frozenset({"model", "served_model_name", "hf_token"})
+_NO_MODELS = frozenset({"true", "false", "null", "none", "nan", "inf"})  # as JSON and YAML values become text
+_MEANINGS = {parameter.name: parameter.meaning for parameter in CONTRACT}
 _PARALLEL = frozenset({"tensor_parallel_size", "pipeline_parallel_size"})
 
 
@@ -63,7 +67,7 @@ def plan_engine(
     spoken.append(_parameter_claims(table, parameters, warnings))
     used = frozenset(claim.dest for layer in spoken for claim in layer)
     flags, flag_settings = engine_flags.merge([*spoken, engine_flags.quirks(table, python.cpu, used)])
-    model = ModelPlan(_named_models(given), _candidate(parameters.get("model")))
+    model = ModelPlan(_named_models(given, warnings), _candidate(parameters.get("model")))
     pending = folder.hook is not None and folder.hook.runs
     names, names_setting = _served_names(given, parameters)
     token, token_setting = _hub_token(given, parameters, environ)
@@ -109,17 +113,39 @@ def _parameter_claims(table: FlagTable, parameters: ParameterValues, warnings: l
             tokens: tuple[str, ...] = (flag,) if value.value else ()
         else:
             tokens = (flag, str(value.value))
-            table.parse(tokens, f"parameter {name} ({value.source})")
+            _check_parameter(table, tokens, value)
         claims.append(Claim(name, tokens, value.value, value.source, overrode=value.overrode))
     return claims
 
 
-def _named_models(given: Given) -> tuple[Candidate, ...]:
-    """--model, or the word without a flag, of each source. With both, vLLM's API server takes --model."""
+def _check_parameter(table: FlagTable, tokens: tuple[str, ...], value: ParameterValue) -> None:
+    """Raises ConfigurationError, in the words of somebody who never wrote a flag."""
+    try:
+        table.parse(tokens, value.source)
+    except FlagError:
+        raise ConfigurationError(
+            f"parameter {value.name} ({value.source}): vLLM does not take '{value.value}' for {tokens[0]}",
+            _MEANINGS[value.name],
+        ) from None
+
+
+def _named_models(given: Given, warnings: list[str]) -> tuple[Candidate, ...]:
+    """--model, or the word without a flag, of each source. With both, vLLM's API server takes --model.
+
+    Raises FlagError for a stray number or truth: `"--max-num-seqs", "4", "16"` would make 16 the model.
+    """
     found = []
     for source, parsed in given:
+        word = next(iter(parsed.positionals), None)
+        if word is not None and (word.lower() in _NO_MODELS or not any(map(str.isalpha, word))):
+            raise FlagError(
+                f"the word {word!r} in {source} belongs to no flag and is no model",
+                "Remove it, or write it right after the flag that it is meant for.",
+            )
         use = parsed.last("model")
-        name = use.values[0] if use else next(iter(parsed.positionals), None)
+        if use and word:
+            warnings.append(f"the word {word!r} in {source} belongs to no flag and is ignored: --model names the model")
+        name = use.values[0] if use else word
         if name:
             found.append(Candidate(name, source))
     return tuple(found)
@@ -153,14 +179,12 @@ def _hub_token(given: Given, parameters: ParameterValues, environ: Mapping[str, 
         if (use := parsed.last("hf_token")) is not None and use.values
     ]
     found += [Candidate(token, value.source)] if token else []
-    inherited = next((name for name in HUB_TOKENS if environ.get(name)), None)
-    if not found and inherited:
-        secret = Secret(environ[inherited])
-        return None, Setting("HuggingFaceToken", secret, inherited)
-    if not found:
+    inherited = [Candidate(Secret(environ[name]), name) for name in HUB_TOKENS if environ.get(name)]
+    if not found and not inherited:
         return None, Setting("HuggingFaceToken", None, "default")
-    winner, *losers = found
-    return winner.value, Setting("HuggingFaceToken", winner.value, winner.source, tuple(map(str, losers)))
+    winner, *losers = [*found, *inherited]
+    setting = Setting("HuggingFaceToken", winner.value, winner.source, tuple(map(str, losers)))
+    return (winner.value if found else None), setting
 
 
 def _parallelism(used: frozenset[str], parameters: ParameterValues) -> Literal["tp", "pp"] | None:

@@ -65,6 +65,11 @@ def read_args(table: FlagTable, args: Sequence[object], source: str, folder: Pat
     config = parsed.last("config")
     if config is not None:
         file = folder / config.values[0]
+        if not file.is_file():
+            raise FlagError(
+                f"--config in {source} names {file}, and there is no such file",
+                "A relative path starts at the model folder.",
+            )
         below = read_args(table, _config_args(file), f"{file.name} (--config in {source})", folder)
         if below.last("config"):
             raise FlagError(f"{file.name} names another --config", "Put all flags into one file.")

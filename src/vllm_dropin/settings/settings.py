@@ -29,10 +29,6 @@ class Listen:
     auth: Literal["key", "none"]
     api_keys: tuple[Secret, ...]
 
-    @property
-    def loopback(self) -> bool:
-        return self.host == "localhost" or self.host == "::1" or self.host.startswith("127.")
-
 
 @dataclass(frozen=True)
 class Generation:
@@ -174,7 +170,9 @@ class Settings:
         """Every text that must not be in a log: credentials, keys, the platform's token."""
         token = self.engine.hub_token if self.engine else None
         single = (*self.listen.api_keys, self.platform.token, self.upstream_key, token)
-        inherited = (self.environments.download.get(name) for name in HUB_TOKENS)
+        # The hook's may differ: a credential replaces the one that the engine and the download would inherit.
+        children = (self.environments.download, self.environments.hook)
+        inherited = (environ.get(name) for environ in children for name in HUB_TOKENS)
         return (
             *self.parameters.secrets(),
             *(secret.reveal() for secret in single if secret),

@@ -79,6 +79,14 @@ def test_the_file_part_of_a_form(gateway: GatewayProcess, kind: str) -> None:
     assert send(gateway, body, headers)[2] == {"predictions": [scored("a"), scored("b")]}
 
 
+@pytest.mark.parametrize(
+    "name", ['filename="rows.csv"', 'filename=""', "filename*=UTF-8''r%C3%B6ws.csv", 'filename="röws.csv"']
+)
+def test_the_name_of_the_file_does_not_matter(gateway: GatewayProcess, name: str) -> None:
+    body, headers = form(table("a"), f'form-data; name="X"; {name}')
+    assert send(gateway, body, headers)[2] == {"predictions": [scored("a")]}
+
+
 @pytest.mark.parametrize("charset", ["utf-16", "utf-16-le", "latin-1"])
 def test_the_charset_of_a_body_and_of_a_part_is_honoured(gateway: GatewayProcess, charset: str) -> None:
     data = table("äö").decode().encode(charset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from vllm_dropin.gateway.errors import HttpError
+
+# Its complaints go to the client, as a 422; in the log they would be lines of nobody.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 PART = b"X"
 _RAW_TYPES = {b"", b"text/csv", b"text/plain"}
@@ -121,8 +125,10 @@ class _Form:
         self._headers[self._name.lower()] = self._value
 
     def end_headers(self) -> None:
-        _, disposition = parse_options_header(self._headers.get(b"content-disposition"))
-        is_file = b"filename" in disposition or b"filename*" in disposition
+        header = self._headers.get(b"content-disposition", b"")
+        _, disposition = parse_options_header(header)
+        # The parser drops `filename*`, by which some clients send a name that is not ASCII.
+        is_file = b"filename" in disposition or b"filename*=" in header.lower()
         self._wanted = is_file and disposition.get(b"name") == PART and self.charset_of_part is None
         if self._wanted:
             self.charset_of_part = _charset(parse_options_header(self._headers.get(b"content-type"))[1]) or ""

@@ -50,6 +50,15 @@ def words(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in _WORD.findall(text)}
 
 
+def joined(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:
+    """The headers by name; what comes twice is joined by a comma, so that a test sees it."""
+    found: dict[str, str] = {}
+    for name, value in headers:
+        before = found.get(name.decode())
+        found[name.decode()] = value.decode("latin-1") if before is None else f"{before}, {value.decode('latin-1')}"
+    return found
+
+
 class FakeEngine:
     """The ASGI application."""
 
@@ -80,7 +89,7 @@ class FakeEngine:
                 "method": scope["method"],
                 "path": path,
                 "query": scope["query_string"].decode(),
-                "headers": {name.decode(): value.decode("latin-1") for name, value in scope["headers"]},
+                "headers": joined(scope["headers"]),
                 "sha256": hashlib.sha256(body).hexdigest(),
                 "body": body[:65536].decode("utf-8", "replace"),
             }

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import GatewayProcess, Stage, UnixConnection, wait_until
+from tests.conftest import EngineProcess, GatewayProcess, Stage, UnixConnection, wait_until
 from vllm_dropin.gateway.state import Phase
 
 JSON = {"content-type": "application/json"}
@@ -154,6 +154,9 @@ def test_error_status_of_the_incumbent(stage: Stage) -> None:
     assert status == 500
     assert json.loads(body)["message"].startswith("ERROR: Error code: 404 - {'error': {'message': 'The model `nope`")
     assert gateway.post("/v1/completions", {"prompt": "status=404"})[0] == 404
+    for prefix in ("/directAccess", "/nim"):
+        payload = {"model": "nope", "messages": [{"role": "user", "content": "hello"}]}
+        assert gateway.post(f"{prefix}/v1/chat/completions", payload)[0] == 404
 
 
 def test_the_input_is_not_echoed(gateway: GatewayProcess) -> None:
@@ -202,9 +205,11 @@ def test_engine_death_in_an_answer_is_503(gateway: GatewayProcess) -> None:
 
 
 def test_engine_death_in_a_large_answer_cuts_the_connection(gateway: GatewayProcess) -> None:
+    errors = gateway.state.total("errors")
     with pytest.raises(http.client.IncompleteRead):
         gateway.chat("hello bytes=2000000 die=1")
     gateway.engine.wait_dead()
+    wait_until(lambda: gateway.state.total("errors") == errors + 1)
 
 
 def test_dead_engine_is_503_and_a_new_one_is_found(stage: Stage) -> None:
@@ -347,6 +352,7 @@ def test_held_bytes_are_bounded(stage: Stage) -> None:
     status, headers, _ = gateway.ask("POST", "/v1/audio/transcriptions", b"x" * (3 << 20))
     assert (status, headers["retry-after"]) == (429, "1")
     assert gateway.state.total("held_bytes") == 0
+    assert gateway.state.total("refused") == 1
     assert gateway.chat("hello")[0] == 200
 
 
@@ -394,21 +400,71 @@ def test_what_waits_when_a_drain_begins_is_still_answered(stage: Stage) -> None:
         assert [answer.result()[0] for answer in answers] == [200, 200, 200]
 
 
-def test_upstream_by_address(stage: Stage) -> None:
+@pytest.mark.parametrize("prefix", ["/directAccess", "/nim"])
+def test_direct_access_has_a_deadline_of_its_own(stage: Stage, prefix: str) -> None:
+    gateway = stage.gateway(limits={"direct_timeout": 0.3})
+    payload = {"messages": [{"role": "user", "content": "hello delay=0.6"}]}
+    assert gateway.post(f"{prefix}/v1/chat/completions", payload)[0] == 504
+    assert gateway.post("/v1/chat/completions", payload)[0] == 200
+
+
+@pytest.fixture
+def upstream(stage: Stage) -> EngineProcess:
+    """An engine on a port, which calls its model falcon."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    engine = stage.engine(port=port)
-    gateway = stage.gateway(engine, engine_url=f"http://127.0.0.1:{port}", served_model=None, engine_key="up-key")
+    return stage.engine("--served-model-name", "falcon", "small-falcon", port=port)
+
+
+def in_front_of(stage: Stage, upstream: EngineProcess, **config: Any) -> GatewayProcess:
+    return stage.gateway(upstream, engine_url=f"http://127.0.0.1:{upstream.port}", served_model=None, **config)
+
+
+def test_upstream_by_address(stage: Stage, upstream: EngineProcess) -> None:
+    gateway = in_front_of(stage, upstream)
     status, _, body = gateway.chat("hello")
     assert (status, json.loads(body)["object"]) == (200, "chat.completion")
-    assert engine.last()["headers"]["authorization"] == "Bearer up-key"
     assert gateway.get("/models")[0] == 200
 
 
-def test_an_upstream_without_keys_of_ours_gets_the_clients(stage: Stage) -> None:
+@pytest.mark.parametrize(
+    ("fields", "sent"),
+    [({}, "falcon"), ({"model": ""}, "falcon"), ({"model": "datarobot-deployed-llm"}, "falcon"),
+     ({"model": "small-falcon"}, "small-falcon")],
+)  # fmt: skip
+def test_the_aliases_mean_the_model_of_an_upstream(
+    stage: Stage, upstream: EngineProcess, fields: dict[str, str], sent: str
+) -> None:
+    gateway = in_front_of(stage, upstream)
+    assert gateway.chat("hello", **fields)[0] == 200
+    assert json.loads(upstream.last()["body"])["model"] == sent
+    assert gateway.ask("POST", "/predict/", b"promptText\nhello\n")[0] == 200
+    assert json.loads(upstream.last()["body"])["model"] == "falcon"
+    assert [one["path"] for one in upstream.requests()].count("/v1/models") == 1
+
+
+def test_an_upstream_that_has_the_name_of_the_contract_keeps_it(stage: Stage) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    engine = stage.engine(port=port)
-    gateway = stage.gateway(engine, engine_url=f"http://127.0.0.1:{port}")
+    engine = stage.engine("--served-model-name", "falcon", "datarobot-deployed-llm", port=port)
+    gateway = in_front_of(stage, engine)
+    assert gateway.chat("hello", model="datarobot-deployed-llm")[0] == 200
+    assert json.loads(engine.last()["body"])["model"] == "datarobot-deployed-llm"
+
+
+def test_the_key_of_an_upstream_is_the_only_one_it_sees(stage: Stage, upstream: EngineProcess) -> None:
+    gateway = in_front_of(stage, upstream, engine_key="up-key")
     gateway.post("/v1/completions", {"prompt": "hello"}, {"authorization": "Bearer theirs"})
-    assert engine.last()["headers"]["authorization"] == "Bearer theirs"
+    assert upstream.last()["headers"]["authorization"] == "Bearer up-key"
+
+
+def test_an_upstream_without_keys_of_ours_gets_the_clients(stage: Stage, upstream: EngineProcess) -> None:
+    gateway = in_front_of(stage, upstream)
+    gateway.post("/v1/completions", {"prompt": "hello"}, {"authorization": "Bearer theirs"})
+    assert upstream.last()["headers"]["authorization"] == "Bearer theirs"
+
+
+def test_a_key_of_ours_does_not_reach_an_upstream(stage: Stage, upstream: EngineProcess) -> None:
+    gateway = in_front_of(stage, upstream, api_keys=["ours"])
+    assert gateway.post("/v1/completions", {"prompt": "hello"}, {"authorization": "Bearer ours"})[0] == 200
+    assert "authorization" not in upstream.last()["headers"]

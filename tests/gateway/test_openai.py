@@ -20,13 +20,13 @@ def config(**values: Any) -> GatewayConfig:
 
 def prepared(body: dict[str, Any], max_model_len: int | None = None, **values: Any) -> dict[str, Any]:
     raw = json.dumps({"model": "served", **body}).encode()
-    result: dict[str, Any] = json.loads(prepare_chat(raw, config(**values), max_model_len).body)
+    result: dict[str, Any] = json.loads(prepare_chat(raw, config(**values), "served", max_model_len).body)
     return result
 
 
 def test_a_body_that_needs_no_change_keeps_its_bytes() -> None:
     raw = b'{ "model": "served",  "messages": [], "x": 1.0e0, "unknown": {"a": null} }'
-    assert prepare_chat(raw, config(), None).body == raw
+    assert prepare_chat(raw, config(), "served", None).body == raw
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,12 @@ def test_model_aliases(given: object, sent: object) -> None:
 
 
 def test_absent_model_is_the_served_one() -> None:
-    assert json.loads(prepare_chat(b'{"messages":[]}', config(), None).body)["model"] == "served"
+    assert json.loads(prepare_chat(b'{"messages":[]}', config(), "served", None).body)["model"] == "served"
 
 
-def test_an_upstream_keeps_its_model_names() -> None:
+def test_an_upstream_without_a_name_keeps_what_it_is_given() -> None:
     raw = b'{"model":null,"messages":[]}'
-    assert prepare_chat(raw, config(served_model=None), None).body == raw
+    assert prepare_chat(raw, config(served_model=None), None, None).body == raw
 
 
 def test_defaults_fill_what_is_unset_or_null() -> None:
@@ -57,6 +57,29 @@ def test_the_request_wins_over_the_defaults() -> None:
     defaults = GenerationDefaults(system_prompt="be nice", max_tokens=64, n=2, temperature=0.5)
     given = {"messages": [{"role": "developer", "content": "d"}, USER], "max_tokens": 3, "n": 1, "temperature": 0}
     assert prepared(given, generation=defaults) == {"model": "served", **given}
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({"temperature": 0}, {"temperature": 0}),
+        ({"temperature": 1e-6, "n": None}, {"temperature": 1e-6, "n": None}),
+        ({"temperature": 0.7}, {"temperature": 0.7, "n": 2}),
+        ({"temperature": "0"}, {"temperature": "0", "n": 2}),
+        ({}, {"n": 2}),
+    ],
+)
+def test_a_default_n_gives_way_to_a_greedy_request(given: dict[str, Any], sent: dict[str, Any]) -> None:
+    body = prepared({"messages": [USER], **given}, generation=GenerationDefaults(n=2))
+    assert body == {"model": "served", "messages": [USER], **sent}
+
+
+@pytest.mark.parametrize(("given", "sent"), [({"n": 3}, {"n": 3}), ({"n": 1}, {"n": 1, "temperature": 0})])
+def test_a_default_temperature_of_0_gives_way_to_several_completions(
+    given: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    body = prepared({"messages": [USER], **given}, generation=GenerationDefaults(temperature=0))
+    assert body == {"model": "served", "messages": [USER], **sent}
 
 
 def test_chat_defaults_can_be_turned_off() -> None:
@@ -79,23 +102,27 @@ def test_max_completion_tokens_stands_alone() -> None:
 @pytest.mark.parametrize(("given", "answered"), [("mine", '"mine"'), (7, "7")])
 def test_association_id_of_the_request(given: object, answered: str) -> None:
     raw = json.dumps({"messages": [], "datarobot_association_id": given}).encode()
-    chat = prepare_chat(raw, config(), None)
+    chat = prepare_chat(raw, config(), "served", None)
     assert chat.member == f'"datarobot_association_id":{answered},'.encode()
     assert "datarobot_association_id" not in json.loads(chat.body)
 
 
 def test_association_ids_differ() -> None:
     raw = b'{"messages":[],"datarobot_association_id":null}'
-    assert prepare_chat(raw, config(), None).member != prepare_chat(raw, config(), None).member
+    assert prepare_chat(raw, config(), "served", None).member != prepare_chat(raw, config(), "served", None).member
 
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"{", b"[]", b'"x"', b"\xff\xfe\x00", b"[" * 100_000, b'{"a":1}x', b'{"datarobot_association_id":{}}'],
-)
-def test_not_a_json_object(raw: bytes) -> None:
+    [
+        b"", b"{", b"[]", b'"x"', b"\xff\xfe\x00", b"[" * 100_000, b'{"a":1}x', b'{"datarobot_association_id":{}}',
+        b'{"datarobot_association_id":NaN}', b'{"datarobot_association_id":"%s"}' % (b"x" * 1025),
+        b'{"datarobot_association_id":1%s}' % (b"0" * 2000),
+    ],
+)  # fmt: skip
+def test_not_a_chat(raw: bytes) -> None:
     with pytest.raises(HttpError) as caught:
-        prepare_chat(raw, config(), None)
+        prepare_chat(raw, config(), "served", None)
     assert caught.value.status == 400
 
 

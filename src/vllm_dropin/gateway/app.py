@@ -23,6 +23,7 @@ from vllm_dropin.gateway.openai import INFERENCE_ROUTES, Forwarder, inference_me
 from vllm_dropin.gateway.platform import Platform
 from vllm_dropin.gateway.predictions import Predictions
 from vllm_dropin.gateway.request import HEADER_BYTES, Request
+from vllm_dropin.gateway.served import ServedModel
 from vllm_dropin.gateway.state import SharedState
 
 _log = logging.get("gateway")
@@ -56,8 +57,9 @@ class Gateway:
         self._engine = EngineClient(config, state, slot)
         hold = Hold(state, slot, config.limits.held_bytes)
         admission = Admission(state, slot, config.limits)
-        self._forwarder = Forwarder(config, state, slot, self._engine, admission, hold)
-        self._predictions = Predictions(config, state, slot, self._engine)
+        served = ServedModel(config, self._engine)
+        self._forwarder = Forwarder(config, state, slot, self._engine, served, admission, hold)
+        self._predictions = Predictions(config, state, slot, self._engine, served)
         self._platform = Platform(config, state, self._engine)
         self._root_routes = {path: Route(_READ, handle) for path, handle in self._platform.operations.items()}
         self._routes = {**self._root_routes, **self._prefixed_routes()}
@@ -101,6 +103,8 @@ class Gateway:
         """Answer with the error. Once the response has started the connection is cut instead, which a client sees."""
         if request.started is None:
             await request.fail(error)
+        elif request.started < 500:
+            self._slot.add("errors")
 
     async def _answer(self, request: Request) -> None:
         path = self._inner(request.path)
@@ -142,7 +146,7 @@ class Gateway:
         """The contract's direct access: the engine's own path, only where the allow-list has it."""
         if inference_methods(path) is None:
             return None
-        return Route(_DIRECT, partial(self._forwarder.forward, path=path), openai=True)
+        return Route(_DIRECT, partial(self._forwarder.direct, path=path), openai=True)
 
     async def _predict(self, request: Request) -> None:
         started = time.monotonic()

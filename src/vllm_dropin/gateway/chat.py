@@ -12,6 +12,9 @@ from vllm_dropin.gateway.errors import HttpError
 from vllm_dropin.gateway.splice import association_member
 from vllm_dropin.scoring.prompts import GenerationDefaults
 
+LONGEST_ID = 1024  # characters of an association id: it is repeated in every chunk of a stream
+GREEDY = 1e-5  # vLLM takes a temperature below this as 0
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -21,10 +24,11 @@ class Chat:
     member: bytes
 
 
-def prepare_chat(raw: bytes, config: GatewayConfig, max_model_len: int | None) -> Chat:
+def prepare_chat(raw: bytes, config: GatewayConfig, served: str | None, max_model_len: int | None) -> Chat:
     """Apply the model alias and the generation defaults that the request leaves open (contract, section 3).
 
-    A body that needs no change keeps its bytes. Raises HttpError 400 when it is not a JSON object.
+    `served` is the engine's own name for its model; None leaves every name as it is. A body that needs no change keeps
+    its bytes. Raises HttpError 400 when it is not a JSON object.
     """
     try:
         body = json.loads(raw)
@@ -38,37 +42,53 @@ def prepare_chat(raw: bytes, config: GatewayConfig, max_model_len: int | None) -
     if "datarobot_association_id" in body:
         association = body.pop("datarobot_association_id")
         changed = True
-    if isinstance(association, dict | list):
-        raise HttpError(400, "datarobot_association_id must be a string")
-    if config.served_model is not None:
+    if served is not None:
         model = body.get("model")
         if model is None or model == "" or (isinstance(model, str) and model in config.model_aliases):
-            changed = changed or model != config.served_model
-            body["model"] = config.served_model
+            changed = changed or model != served
+            body["model"] = served
     if config.chat_defaults:
         changed = _apply_defaults(body, config.generation, max_model_len) or changed
-    member = association_member(str(uuid.uuid4()) if association in (None, "") else association)
-    return Chat(json.dumps(body).encode() if changed else raw, member)
+    return Chat(json.dumps(body).encode() if changed else raw, _member(association))
+
+
+def _member(association: object) -> bytes:
+    if association in (None, ""):
+        association = str(uuid.uuid4())
+    # A float could be NaN, which is no JSON; a list or an object was never an id.
+    if not isinstance(association, str | int) or len(str(association)) > LONGEST_ID:
+        raise HttpError(400, f"datarobot_association_id must be a string of at most {LONGEST_ID} characters")
+    return association_member(association)
 
 
 def _apply_defaults(body: dict[str, Any], defaults: GenerationDefaults, max_model_len: int | None) -> bool:
-    """Fill in what the request leaves unset or null. True when something was (decision 12)."""
+    """Fill in what the request leaves unset or null. True when something was (decision 12).
+
+    A default never makes vLLM refuse a request that it would take without it.
+    """
     changed = False
     unbounded = body.get("max_tokens") is None and body.get("max_completion_tokens") is None
     if defaults.max_tokens is not None and unbounded:
         cap = max(1, max_model_len - 1) if max_model_len else defaults.max_tokens
         body["max_tokens"] = min(defaults.max_tokens, cap)
         changed = True
-    for name in ("temperature", "n"):
-        value = getattr(defaults, name)
-        if value is not None and body.get(name) is None:
-            body[name] = value
-            changed = True
+    sampling = {"temperature": defaults.temperature, "n": defaults.n}
+    added = {name: value for name, value in sampling.items() if value is not None and body.get(name) is None}
+    if len(added) == 1 and _several_greedy({**body, **added}):
+        added.clear()  # the request chose one of the two, and vLLM refuses them together
+    body.update(added)
+    changed = changed or bool(added)
     messages = body.get("messages")
     if defaults.system_prompt and isinstance(messages, list) and not any(map(_instructs, messages)):
         body["messages"] = [{"role": "system", "content": defaults.system_prompt}, *messages]
         changed = True
     return changed
+
+
+def _several_greedy(body: dict[str, Any]) -> bool:
+    """Several completions of greedy sampling, which has only one."""
+    n, temperature = body.get("n"), body.get("temperature")
+    return isinstance(n, int) and n > 1 and isinstance(temperature, int | float) and temperature < GREEDY
 
 
 def _instructs(message: object) -> bool:

@@ -26,6 +26,7 @@ class Limits(BaseModel):
     spool_above: int = Field(default=8 << 20, ge=0)
     held_bytes: int = Field(default=256 << 20, ge=1 << 20)
     request_timeout: float = Field(default=3600, gt=0)
+    direct_timeout: float = Field(default=3600, gt=0)
     header_timeout: float = Field(default=5, gt=0)
 
 
@@ -52,7 +53,7 @@ class GatewayConfig(BaseModel):
 
     `engine_uds` or `engine_url` (scheme, host, port; a path prefix without `/v1` is allowed) says where the engine is.
     `served_model` is the name that the engine answers to; a request that names none of `model_aliases` and not
-    `served_model` passes its own name through. None means an upstream whose model names are left alone.
+    `served_model` passes its own name through. None means an upstream, which is asked for its name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

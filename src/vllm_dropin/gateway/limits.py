@@ -34,6 +34,7 @@ class Hold:
     def take(self, size: int) -> None:
         """Count `size` more bytes. Raises HttpError 429 when all workers would hold more than the limit."""
         if size > 0 and self._state.total("held_bytes") + size > self._limit:
+            self._slot.add("refused")
             raise HttpError(429, "too many bytes are in flight; try again later", [retry_after(1)])
         self._slot.add("held_bytes", size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_dropin.gateway.chat import Chat, prepare_chat
@@ -20,6 +21,7 @@ from vllm_dropin.gateway.errors import (
 )
 from vllm_dropin.gateway.limits import Admission, Body, Hold, read_body
 from vllm_dropin.gateway.request import Request, while_connected
+from vllm_dropin.gateway.served import ServedModel
 from vllm_dropin.gateway.splice import EventStream, error_frame, splice_object
 from vllm_dropin.gateway.state import Phase, SharedState, Slot
 
@@ -71,6 +73,16 @@ def inference_methods(path: str) -> frozenset[str] | None:
     return methods
 
 
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Where a request goes on to, in how many seconds the engine must begin to answer, and by which of our doors."""
+
+    path: str
+    timeout: float
+    chat: bool = False
+    direct: bool = False
+
+
 class Forwarder:
     """Sends requests on to the engine, within the limits, and its answers back."""
 
@@ -80,6 +92,7 @@ class Forwarder:
         state: SharedState,
         slot: Slot,
         engine: EngineClient,
+        served: ServedModel,
         admission: Admission,
         hold: Hold,
     ) -> None:
@@ -87,24 +100,29 @@ class Forwarder:
         self._state = state
         self._slot = slot
         self._engine = engine
+        self._served = served
         self._admission = admission
         self._hold = hold
 
     async def chat(self, request: Request) -> None:
         """The edited route: defaults in, association id out (decision 5)."""
-        await self._forward(request, CHAT_PATH, chat=True)
+        await self._forward(request, Passage(CHAT_PATH, self._config.limits.request_timeout, chat=True))
 
     async def forward(self, request: Request, path: str) -> None:
         """Any other allow-listed path of the engine: identical bytes both ways."""
-        await self._forward(request, path, chat=False)
+        await self._forward(request, Passage(path, self._config.limits.request_timeout))
 
-    async def _forward(self, request: Request, path: str, *, chat: bool) -> None:
+    async def direct(self, request: Request, path: str) -> None:
+        """The same by the contract's direct access, which has a deadline of its own."""
+        await self._forward(request, Passage(path, self._config.limits.direct_timeout, direct=True))
+
+    async def _forward(self, request: Request, to: Passage) -> None:
         self._require_engine()
         generates = request.method != "GET"
         if generates:
             self._admission.check()
         limits = self._config.limits
-        audio = path.startswith("/v1/audio/")
+        audio = to.path.startswith("/v1/audio/")
         with await read_body(
             request.receive,
             request.headers,
@@ -112,10 +130,10 @@ class Forwarder:
             spool_above=limits.spool_above,
             hold=self._hold,
         ) as body:
-            ready = prepare_chat(body.read(), self._config, self._max_model_len()) if chat else None
-            work = (
-                self._admitted(request, path, body, ready) if generates else self._exchange(request, path, None, None)
-            )
+            chat = None
+            if to.chat:
+                chat = prepare_chat(body.read(), self._config, await self._served.name(), self._max_model_len())
+            work = self._admitted(request, to, body, chat) if generates else self._exchange(request, to, None, None)
             await while_connected(request.receive, work)
 
     def _max_model_len(self) -> int | None:
@@ -134,25 +152,30 @@ class Forwarder:
             )
         raise HttpError(503, f"the engine is not ready: {phase.label}", [retry_after(5)])
 
-    async def _admitted(self, request: Request, path: str, body: Body, chat: Chat | None) -> None:
+    async def _admitted(self, request: Request, to: Passage, body: Body, chat: Chat | None) -> None:
         async with self._admission.admitted():
             # What was accepted before a drain began is still answered; an engine that died meanwhile is not asked.
             if self._state.phase not in (Phase.READY, Phase.DRAINING):
                 self._require_engine()
-            await self._exchange(request, path, body, chat)
+            await self._exchange(request, to, body, chat)
 
-    async def _exchange(self, request: Request, path: str, body: Body | None, chat: Chat | None) -> None:
+    async def _exchange(self, request: Request, to: Passage, body: Body | None, chat: Chat | None) -> None:
         data: bytes | Body | None = chat.body if chat else body
         if isinstance(data, Body) and not data.spooled:
             data = data.read()
         try:
             async with self._engine.request(
-                request.method, path, query=request.query, headers=self._headers(request), body=data
+                request.method,
+                to.path,
+                query=request.query,
+                headers=self._headers(request),
+                body=data,
+                timeout=to.timeout,
             ) as response:
                 if response.status >= 400:
-                    await self._pass_error(request, path, response)
+                    await self._pass_error(request, to, response)
                 elif response.content_type == "text/event-stream":
-                    await self._pass_events(request, path, response, chat.member if chat else b"")
+                    await self._pass_events(request, to.path, response, chat.member if chat else b"")
                 else:
                     splice = chat.member if chat and response.status == 200 and _is_json(response) else b""
                     await self._pass_body(request, response, splice)
@@ -165,17 +188,19 @@ class Forwarder:
         given = request.headers
         passed = [(name, value.decode("latin-1")) for name in _REQUEST_HEADERS if (value := given.get(name.encode()))]
         passed.append(("x-request-id", request.id.decode("latin-1")))
-        if self._config.engine_url and not self._config.api_keys and b"authorization" in given:
-            # With no keys of ours the header is meant for the upstream; with keys it is ours and stays here.
+        ours = self._config.api_keys or self._config.engine_key
+        if self._config.engine_url and not ours and b"authorization" in given:
+            # Meant for the upstream, unless we have a key for clients or one for the upstream: then it stays here.
             passed.append(("authorization", given[b"authorization"].decode("latin-1")))
         return passed
 
-    async def _pass_error(self, request: Request, path: str, response: Response) -> None:
+    async def _pass_error(self, request: Request, to: Passage, response: Response) -> None:
         """The engine's error with its true status, bounded and in OpenAI's shape, or in the incumbent's form."""
         status = response.status
         payload = readable_error(status, await response.read(ERROR_READ))
         kept = [header for header in _response_headers(response) if header[0] in (b"retry-after", b"allow")]
-        if self._config.error_status == "drum" and path in (CHAT_PATH, "/v1/models"):
+        # The incumbent's own form is that of its own routes; by direct access the engine's status passes there too.
+        if self._config.error_status == "drum" and not to.direct and to.path in (CHAT_PATH, "/v1/models"):
             text = f"ERROR: Error code: {status} - {payload!r}"
             await send_json(request.send, 500, message_error(text), kept)
             return

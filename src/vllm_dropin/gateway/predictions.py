@@ -14,6 +14,7 @@ from vllm_dropin.gateway.engine_client import EngineAnswer, EngineClient, Engine
 from vllm_dropin.gateway.errors import PIPELINE_ERROR, Header, HttpError, Receive, Scope, Send, retry_after
 from vllm_dropin.gateway.limits import Body, Hold, read_body
 from vllm_dropin.gateway.request import while_connected
+from vllm_dropin.gateway.served import ServedModel
 from vllm_dropin.gateway.state import Phase, SharedState, Slot
 from vllm_dropin.gateway.upload import Upload, open_upload, unusable
 from vllm_dropin.scoring import formats
@@ -41,11 +42,14 @@ class Predictions:
     restarts, and are sent to it again; only the first load is answered with 503.
     """
 
-    def __init__(self, config: GatewayConfig, state: SharedState, slot: Slot, engine: EngineClient) -> None:
+    def __init__(
+        self, config: GatewayConfig, state: SharedState, slot: Slot, engine: EngineClient, served: ServedModel
+    ) -> None:
         self._config = config
         self._state = state
         self._slot = slot
         self._engine = _RowEngine(config, state, slot, engine)
+        self._served = served
         self._hold = Hold(state, slot, config.limits.held_bytes)
         self._gate = Gate(config.limits.row_concurrency)
         self._spool_above = min(config.limits.spool_above, _SPOOL_ABOVE)
@@ -102,9 +106,10 @@ class Predictions:
 
     async def _score(self, upload: Upload, size: int, answers: _Answers) -> None:
         defaults = self._config.generation.capped(self._state.max_model_len or self._config.max_model_len)
+        model = await self._served.name()
         scorer = Scorer[Row](
             self._engine,
-            lambda row: chat_body(row.prompt, defaults, self._config.served_model),
+            lambda row: chat_body(row.prompt, defaults, model),
             self._gate,
             timeout=self._config.limits.request_timeout,
         )

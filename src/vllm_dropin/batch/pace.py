@@ -1,0 +1,96 @@
+"""How many rows are at the engine at once: enough to fill its batch, few enough that none waits long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from vllm_dropin.scoring.gate import Gate
+
+PERIOD = 1.0
+"""Seconds between looks at the engine."""
+FIRST, SMALLEST, LARGEST = 64, 8, 4096
+_GROWTH = 1.5
+_WORTH = 1.03
+"""Without the engine's metrics a larger crowd has to raise the rate by this much to be kept."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine says of itself: requests in its batch, and requests that wait for a place there."""
+
+    running: float
+    waiting: float
+
+
+class Pace:
+    """Moves a gate's limit. With metrics, until a few requests wait (an eighth of the batch, so that a place in it is
+    taken at once when it comes free); without them, upwards as long as more rows a second come of it.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._best = 0.0
+        self._settled = False
+
+    def steer(self, load: Load) -> None:
+        """By the engine's own numbers."""
+        low, high = max(4.0, load.running / 8), max(16.0, load.running / 2)
+        limit = self._gate.limit
+        if load.waiting < low and load.running + load.waiting >= 0.8 * limit:
+            # All that we send fits into the batch: it may hold more.
+            self._resize(limit * _GROWTH)
+        elif load.waiting > high:
+            self._resize(load.running + (low + high) / 2)
+
+    def try_more(self, rows_per_second: float) -> None:
+        """By the rate alone, measured over the time since the last call."""
+        if self._settled or rows_per_second <= 0:
+            return
+        if rows_per_second > self._best * _WORTH:
+            self._best = rows_per_second
+            self._resize(self._gate.limit * _GROWTH)
+        else:
+            self._resize(self._gate.limit / _GROWTH)
+            self._settled = True
+
+    def give_way(self) -> None:
+        """The server refused a request because there are too many."""
+        self._resize(self._gate.limit / _GROWTH)
+        self._settled = True
+
+    def _resize(self, limit: float) -> None:
+        self._gate.resize(round(min(LARGEST, max(SMALLEST, limit))))
+
+
+async def keep_pace(
+    pace: Pace, look: Callable[[], Awaitable[Load | None]], rows_done: Callable[[], int], refused: Callable[[], int]
+) -> None:
+    """Look and steer until cancelled. `rows_done` and `refused` (429s) are totals."""
+    clock = asyncio.get_running_loop().time
+    done, refusals, since = rows_done(), refused(), clock()
+    while True:
+        await asyncio.sleep(PERIOD)
+        load = await look()
+        if refused() > refusals:
+            refusals = refused()
+            pace.give_way()
+        elif load is not None:
+            pace.steer(load)
+        elif rows_done() - done >= 64 and clock() - since >= 5 * PERIOD:
+            # Rates over fewer rows or seconds are noise.
+            pace.try_more((rows_done() - done) / (clock() - since))
+            done, since = rows_done(), clock()
+
+
+def read_load(exposition: bytes) -> Load | None:
+    """The two gauges in vLLM's Prometheus text, summed over its engines; None when they are not there."""
+    sums: dict[bytes, float] = {}
+    for line in exposition.splitlines():
+        name = line.partition(b"{")[0].partition(b" ")[0]
+        if name in (b"vllm:num_requests_running", b"vllm:num_requests_waiting"):
+            sums[name] = sums.get(name, 0.0) + float(line.rpartition(b" ")[2])
+    if len(sums) < 2:
+        return None
+    return Load(sums[b"vllm:num_requests_running"], sums[b"vllm:num_requests_waiting"])

@@ -46,6 +46,7 @@ def test_args_are_kept_as_written(tmp_path: Path, text: str, args: tuple[object,
         ("[]", "has to be a JSON object"),
         (b"\xff\xfe{", "not UTF-8"),
         ('{"args": ' + "[" * 100_000, "nested too deeply"),
+        ('{"args": [1' + "0" * 5000 + "]}", "a number that is too long"),
         ('{"args": ["' + "x" * (1 << 20) + '"]}', "larger than 1 MiB"),
     ],
 )

@@ -41,6 +41,7 @@ def test_weights_are_looked_up_each_time(tmp_path: Path) -> None:
     [
         ("custom_flask.py", "not Flask"),
         ("moderation_config.yaml", "guards are not applied"),
+        ("custom.py", "neither load_model nor init"),
         ("model-metadata.yml", "has to be model-metadata.yaml"),
     ],
 )
@@ -57,3 +58,5 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="is not a folder"):
         read_folder(tmp_path / "file")
+    with pytest.raises(ConfigurationError, match="can't be read"):
+        read_folder(tmp_path / ("x" * 300))

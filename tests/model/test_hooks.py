@@ -19,6 +19,7 @@ from vllm_dropin.model.hooks import find_hook
         ("if True:\n    def init(code_dir): pass\nelse:\n    pass\n", True, False),
         ("class C:\n    def load_model(self): pass\ndef f():\n    def init(): pass\n", False, False),
         ("def score(data, model, **kwargs): return data\n", False, False),
+        ("from helpers import *\n", True, True),  # nobody knows without running it
         ("", False, False),
     ],
 )
@@ -52,6 +53,11 @@ def test_several_are_an_error_that_lists_them(tmp_path: Path) -> None:
 def test_a_syntax_error_names_the_line(tmp_path: Path, source: str) -> None:
     with pytest.raises(ConfigurationError, match=r"custom.py, line \d"):
         find_hook(make_folder(tmp_path, {"custom.py": source}))
+
+
+def test_a_file_that_is_no_text_has_no_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"custom.py: .*null bytes"):
+        find_hook(make_folder(tmp_path, {"custom.py": b"x = 1\0"}))
 
 
 def test_the_file_is_never_run(tmp_path: Path) -> None:

@@ -96,6 +96,10 @@ def test_unknown_keys_warn_with_the_nearest_known_name(tmp_path: Path) -> None:
             "line 6: parameter 'a' is defined twice",
         ),
         (MINIMAL_METADATA + "description: " + "x" * (1 << 20), "larger than 1 MiB"),
+        (MINIMAL_METADATA + "runtimeParameterDefinitions: x\n", "line 4: runtimeParameterDefinitions has to be a list"),
+        (MINIMAL_METADATA + "runtimeParameterDefinitions: [1]\n", "line 4: .* has to be a mapping"),
+        ("name: [m]\ntype: inference\ntargetType: textgeneration\n", "line 1: name has to be text"),
+        (MINIMAL_METADATA + "---\na: b\n", "line 4.*single document.*another document"),
         ("[" * 5000, "nested too deeply|line 1"),
     ],
 )

@@ -156,9 +156,12 @@ def test_payloads_are_typed(name: str, payload: object, value: object) -> None:
         ("n", [1], "not a list"),
         ("temperature", -0.1, "below the minimum of 0"),
         ("temperature", 2.5, "above the maximum of 2"),
-        ("temperature", "nan", "not a finite number"),
+        ("temperature", "nan", "nan is not a finite number"),
+        ("temperature", 10**400, "not a finite number"),
+        ("max_model_len", -5, "-5 is not a length"),
+        ("max_model_len", "-5", "-5 is not a length"),
         ("gpu_memory_utilization", 90, "above the maximum of 1"),
-        ("trust_remote_code", "maybe", "true or false"),
+        ("trust_remote_code", "maybe", "true or false, not 'maybe'"),
         ("default_parallelism", "TP2", "'TP2' is not one of tp, pp; did you mean 'tp'"),
         ("row_errors", "ignore", "not one of report, fail"),
         ("model", {"a": 1}, "not a map"),
@@ -172,7 +175,7 @@ def test_a_wrong_value_names_parameter_and_source(name: str, payload: object, wo
     assert caught.value.message.startswith(f"parameter {name} (MLOPS_RUNTIME_PARAM_{name})")
 
 
-@pytest.mark.parametrize("text", ["{", "5", "[]", '{"type": "string"}', CANARY])
+@pytest.mark.parametrize("text", ["{", "5", "[]", '{"type": "string"}', '{"payload": 1' + "0" * 5000 + "}", CANARY])
 def test_a_broken_envelope_is_named_and_not_shown(text: str) -> None:
     with pytest.raises(ConfigurationError, match="MLOPS_RUNTIME_PARAM_model is not an envelope") as caught:
         read_parameters(None, envelopes(model=text))
@@ -181,6 +184,21 @@ def test_a_broken_envelope_is_named_and_not_shown(text: str) -> None:
 
 def test_broken_envelopes_of_unknown_parameters_do_not_matter() -> None:
     assert read_parameters(None, envelopes(something="{")).warnings == ()
+
+
+def test_a_credential_that_the_folder_does_not_define_stays_hidden() -> None:
+    values = read_parameters(None, envelopes(bucket=envelope("credential", {"password": CANARY})))
+    assert values.secrets() == (CANARY,)
+    assert CANARY not in repr(values)
+    assert values.get("bucket").source == "MLOPS_RUNTIME_PARAM_bucket"
+
+
+@pytest.mark.parametrize("name", ["maxTokens", "MAX_TOKENS", "maxtokens"])
+def test_a_definition_that_is_nearly_a_parameter_of_ours_is_warned_of(tmp_path: Path, name: str) -> None:
+    values = read_parameters(metadata(tmp_path, definitions(f"fieldName: {name}, type: numeric")), {})
+    assert values.warnings == (
+        f"parameter {name} of model-metadata.yaml is for custom.py only; did you mean 'max_tokens'?",
+    )
 
 
 def test_the_range_of_a_definition_is_enforced(tmp_path: Path) -> None:

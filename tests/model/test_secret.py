@@ -56,6 +56,12 @@ def test_a_credential_without_a_token_is_no_error(fields: dict[str, object]) -> 
     assert Credential(fields).token() is None
 
 
+def test_each_line_of_a_private_key_is_a_secret() -> None:
+    key = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG\nshort\n-----END PRIVATE KEY-----\n"
+    assert list(Credential({"gcpKey": {"private_key": key}}).secrets()) == [key, "MIIEvQIBADANBgkqhkiG"]
+    assert list(Credential({"keys": [{"secret": "one"}], "tokens": ["two"]}).secrets()) == ["one", "two"]
+
+
 def test_the_secrets_of_a_credential_are_found_at_any_depth() -> None:
     credential = Credential(
         {

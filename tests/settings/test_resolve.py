@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.folders import MINIMAL_METADATA, make_folder
+from tests.folders import MINIMAL_METADATA, envelope, make_folder
 from tests.settings.conftest import Resolve
 from vllm_dropin.errors import ConfigurationError
 from vllm_dropin.settings.options import BY_KEY, OPTIONS, Flags
@@ -322,3 +322,13 @@ def test_no_option_of_ours_has_the_name_of_a_flag_of_vllm() -> None:
     for version in shipped_versions():
         table = FlagTable.load(version)
         assert [option.key for option in OPTIONS if table.spec(option.key)] == []
+
+
+def test_no_form_of_an_undefined_credential_reaches_the_engine(resolve: Resolve) -> None:
+    credential = envelope("credential", {"awsSecretAccessKey": "s3cret"})
+    environ = {"MLOPS_RUNTIME_PARAM_bucket": credential, "BUCKET_AWS_SECRET_ACCESS_KEY": "s3cret"}
+    settings = resolve(environ=environ)
+    assert settings.engine is not None
+    assert "s3cret" not in settings.engine.environ.values()
+    assert "s3cret" not in settings.environments.gateway.values()
+    assert settings.environments.hook["BUCKET_AWS_SECRET_ACCESS_KEY"] == "s3cret"

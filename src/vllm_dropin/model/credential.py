@@ -11,6 +11,8 @@ from vllm_dropin.model.secret import Secret
 # What in a credential is worth hiding wherever it turns up; a user name or a region is not.
 _SECRET_FIELD = re.compile(r"key|token|secret|pass|connection|private", re.IGNORECASE)
 
+_SECRET_LINE = 16  # a shorter line could be an ordinary word
+
 
 class Credential:
     """The fields of one credential. Prints as `***`; `token()` and `reveal()` give what is inside."""
@@ -55,7 +57,16 @@ class Credential:
 
 def _leaves(fields: Mapping[str, Any]) -> Iterator[str]:
     for name, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value)
-        elif isinstance(value, str) and value and name != "credentialType" and _SECRET_FIELD.search(name):
-            yield value
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Mapping):
+                yield from _leaves(item)
+            elif isinstance(item, str) and item and name != "credentialType" and _SECRET_FIELD.search(name):
+                yield item
+                yield from _lines(item)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines of a private key: logs are hidden line by line, so the whole would not be found in them."""
+    lines = text.splitlines()
+    if len(lines) > 1:
+        yield from (line for line in lines if len(line) >= _SECRET_LINE and not line.startswith("-----"))

@@ -59,6 +59,8 @@ def read_engine_config(path: Path) -> EngineConfig:
         ) from None
     except RecursionError:
         raise ConfigurationError(f"{FILE_NAME} is nested too deeply", _EXAMPLE) from None
+    except ValueError:  # the one that is left: Python reads no number of more than 4,300 digits
+        raise ConfigurationError(f"{FILE_NAME} has a number that is too long to be read", _EXAMPLE) from None
     return EngineConfig(_args(text, data))
 
 

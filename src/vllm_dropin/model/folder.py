@@ -34,16 +34,34 @@ class ModelFolder:
         Hidden files do not count: a folder that holds only `.gitkeep` has no weights.
         """
         folder = self.path / WEIGHTS
-        filled = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+        try:
+            filled = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+        except OSError as error:
+            raise _unreadable(error, folder) from None
         return folder if filled else None
 
 
 def read_folder(path: Path) -> ModelFolder:
     """Read a model folder. Raises ConfigurationError for what can't be served as it is."""
     folder = path.absolute()
+    try:
+        return _read(folder)
+    except OSError as error:
+        raise _unreadable(error, folder) from None
+
+
+def _unreadable(error: OSError, folder: Path) -> ConfigurationError:
+    return ConfigurationError(
+        f"{error.filename or folder} can't be read: {error.strerror}", "The user that serves has to be able to read it."
+    )
+
+
+def _read(folder: Path) -> ModelFolder:
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
-        raise ConfigurationError(f"the model folder {folder} {problem}")
+        raise ConfigurationError(
+            f"the model folder {folder} {problem}", "Name the folder that has model-metadata.yaml or vllm/ in it."
+        )
     metadata, data, warnings = None, None, list(_warnings(folder))
     if (folder / metadata_file.FILE_NAME).is_file():
         metadata, data, more = read_metadata(folder / metadata_file.FILE_NAME)
@@ -51,7 +69,10 @@ def read_folder(path: Path) -> ModelFolder:
     config = None
     if (folder / engine_config_file.FILE_NAME).is_file():
         config = read_engine_config(folder / engine_config_file.FILE_NAME)
-    return ModelFolder(folder, metadata, config, find_hook(folder), data, tuple(warnings))
+    hook = find_hook(folder)
+    if hook is not None and not hook.runs:
+        warnings.append(f"{hook.file.name} has neither load_model nor init: nothing in it is run")
+    return ModelFolder(folder, metadata, config, hook, data, tuple(warnings))
 
 
 def _warnings(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,11 +58,15 @@ def _parse(file: Path) -> Hook:
     try:
         tree = ast.parse(file.read_bytes(), filename=str(file))
     except SyntaxError as error:
-        raise ConfigurationError(f"{file.name}, line {error.lineno}: {error.msg}") from None
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise ConfigurationError(
+            f"{file.name}{line}: {error.msg}", "It was read as Python {}.{}.".format(*sys.version_info)
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{file}: {error}") from None
     names = set(_top_level_names(tree.body))
-    return Hook(file, has_init="init" in names, has_load_model="load_model" in names)
+    unknown = "*" in names  # `from helpers import *` may bring both: the hook's own process will see
+    return Hook(file, has_init=unknown or "init" in names, has_load_model=unknown or "load_model" in names)
 
 
 def _top_level_names(body: list[ast.stmt]) -> list[str]:

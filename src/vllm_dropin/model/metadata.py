@@ -94,11 +94,14 @@ def _first_error(document: YamlDocument, error: ValidationError) -> Configuratio
         problem = f"'{name}' is missing"
         if len(keys) == 1:
             problem += did_you_mean(str(keys[0]), (str(key) for key in document.data))
+    elif first["type"] in _SHAPES:
+        problem = f"{name} has to be {_SHAPES[first['type']]}"
     else:
         problem = f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}"
     return ConfigurationError(f"{document.place(*keys)}: {problem}")
 
 
+_SHAPES = {"tuple_type": "a list", "model_type": "a mapping of keys to values", "string_type": "text"}
 _UNION_NAMES = frozenset({"str", "bool", "int", "float", "dict[str,any]", "list[any]"})
 
 

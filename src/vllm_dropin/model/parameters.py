@@ -15,13 +15,13 @@ from pathlib import Path
 from vllm_dropin.errors import ConfigurationError
 from vllm_dropin.model.contract import CONTRACT, Parameter
 from vllm_dropin.model.credential import Credential
-from vllm_dropin.model.metadata import Metadata, ParameterDefinition, ParameterType
+from vllm_dropin.model.metadata import FILE_NAME, Metadata, ParameterDefinition, ParameterType
 from vllm_dropin.model.nearest import did_you_mean
 from vllm_dropin.model.values import Payload, coerce
 from vllm_dropin.model.yaml_file import read_yaml
 
 ENVELOPE_PREFIX = "MLOPS_RUNTIME_PARAM_"
-METADATA_DEFAULT = "model-metadata.yaml default"
+METADATA_DEFAULT = f"{FILE_NAME} default"
 DEFAULT = "default"
 
 
@@ -91,6 +91,16 @@ def exported(values: ParameterValues) -> dict[str, str]:
     }
 
 
+def _meant(name: str) -> str | None:
+    """The parameter of ours that a definition differs from only by case or underscores: `maxTokens`."""
+    plain = {_squeezed(known): known for known in _KNOWN}
+    return None if name in _KNOWN else plain.get(_squeezed(name))
+
+
+def _squeezed(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
 def _plain(payload: Payload) -> object:
     return payload.reveal() if isinstance(payload, Credential) else payload
 
@@ -106,6 +116,10 @@ def read_parameters(
     reader = _Reader(definitions)
     # Weakest first, so that the strongest is the last to be told and each knows what it beat.
     for definition in definitions.values():
+        if (meant := _meant(definition.fieldName)) is not None:
+            reader.warnings.append(
+                f"parameter {definition.fieldName} of {FILE_NAME} is for custom.py only; did you mean '{meant}'?"
+            )
         if definition.type != "credential":
             reader.offer(definition.fieldName, definition.defaultValue, METADATA_DEFAULT)
     reader.offer_envelopes(environ)
@@ -155,8 +169,22 @@ class _Reader:
             name = variable.removeprefix(ENVELOPE_PREFIX)
             if self.knows(name):
                 self.offer(name, _open_envelope(variable, environ[variable]), variable)
-            elif name.lower() in (known.lower() for known in self.names()):
+                continue
+            self._hide(name, variable, environ[variable])
+            if name.lower() in (known.lower() for known in self.names()):
                 self.warnings.append(f"{variable} is not used{did_you_mean(name, self.names())} (case counts)")
+
+    def _hide(self, name: str, variable: str, text: str) -> None:
+        """Keep a credential that the folder does not define: its hook can read it, so its texts must stay hidden."""
+        try:
+            envelope = json.loads(text)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(envelope, dict) and envelope.get("type") == "credential":
+            fields = envelope.get("payload")
+            if isinstance(fields, dict):
+                secret = Credential(fields)
+                self.found[name] = ParameterValue(name, secret, variable, (), secret, "credential")
 
     def offer_file(self, path: Path) -> None:
         document = read_yaml(path)
@@ -191,7 +219,7 @@ class _Reader:
 
     def values(self) -> ParameterValues:
         result: dict[str, ParameterValue] = {}
-        for name in dict.fromkeys(self.names()):
+        for name in dict.fromkeys([*self.names(), *self.found]):
             definition, known = self.definitions.get(name), _KNOWN.get(name)
             found = self.found.get(name)
             kind: ParameterType = definition.type if definition else known.type if known else "string"
@@ -212,7 +240,7 @@ def _open_envelope(variable: str, text: str) -> object:
     """The payload. The text is not repeated in messages: it may be a credential."""
     try:
         envelope = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         envelope = None
     if not isinstance(envelope, dict) or "payload" not in envelope:
         raise ConfigurationError(
@@ -228,7 +256,7 @@ def _credential_of(text: str) -> object:
     if text.lstrip().startswith("{"):
         try:
             return json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return text
     return {"credentialType": "apiToken", "apiToken": text}
 
@@ -255,6 +283,8 @@ def _understand(payload: Payload, known: Parameter, place: str) -> Payload:
         value = int(value)
     if known.zero_unset and not isinstance(value, bool) and value == 0:
         return None
+    if known.name == "max_model_len" and isinstance(value, int | float) and value < 0 and value != -1:
+        raise ConfigurationError(f"{place}: {value} is not a length", known.meaning)
     if isinstance(value, float) and known.whole:
         raise ConfigurationError(f"{place}: {value} is not a whole number")
     _check_range(value, known.minimum, known.maximum, known, place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 
 from vllm_dropin.errors import ConfigurationError
@@ -11,6 +11,7 @@ from vllm_dropin.model.metadata import ParameterType
 
 Payload = str | bool | int | float | Credential | None
 
+_LARGEST = sys.float_info.max
 _TRUTHS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 
 
@@ -56,8 +57,9 @@ def _number(payload: object, place: str) -> Payload:
         number = payload
     else:
         raise ConfigurationError(f"{place}: this has to be a number, not {_kind(payload)}")
-    if not math.isfinite(number):
-        raise ConfigurationError(f"{place}: {number} is not a finite number")
+    if not -_LARGEST <= number <= _LARGEST:  # also false for NaN
+        shown = number if isinstance(number, float) else "this"
+        raise ConfigurationError(f"{place}: {shown} is not a finite number")
     return number
 
 
@@ -68,7 +70,8 @@ def _boolean(payload: object, place: str) -> Payload:
     if text == "" and isinstance(payload, str):
         return None
     if text not in _TRUTHS:
-        raise ConfigurationError(f"{place}: this has to be true or false, not {_kind(payload)}")
+        shown = f"'{payload[:40]}'" if isinstance(payload, str) else _kind(payload)
+        raise ConfigurationError(f"{place}: this has to be true or false, not {shown}")
     return _TRUTHS[text]
 
 

@@ -25,6 +25,7 @@ from typing import IO
 from vllm_dropin.errors import EncodingError, TableError
 
 EMPTY = "the prompt is empty"
+NO_HEADER = "the CSV has no header line"
 LONGEST_CELL = 1 << 30  # characters; the body's limit is what bounds a cell, csv's 128 Ki would not do
 
 _BOMS = (
@@ -36,7 +37,6 @@ _BOMS = (
 )
 # Python knows these as text encodings. No CSV is written in them; some decode in quadratic time.
 _REFUSED = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape", "utf-7"}
-_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +74,13 @@ def read_rows(file: IO[bytes], column: str, charset: str | None = None) -> Itera
     Raises EncodingError when the bytes are not text in `charset`; TableError when the charset is unknown, there is no
     header, `column` is not in it, or a quoted cell never ends.
     """
-    encoding = _encoding(file, charset)
-    csv.field_size_limit(LONGEST_CELL)  # for the whole process; csv has no other way
-    lines = _Lines(file, encoding)
-    try:
-        yield from _records(lines, column)
-    except UnicodeDecodeError as error:
-        at = _undecodable_at(file, encoding)
-        raise EncodingError(
-            f"byte {at} is not {encoding.upper()} text",
-            "save the file as UTF-8, or name its charset in the content type",
-        ) from error
-    finally:
-        lines.close()
+    file.seek(0)
+    table = Table(file, charset)
+    if not table.header:
+        raise TableError(NO_HEADER, f"its first line must name the column {column!r}")
+    position, width = _position(table.header, column), len(table.header)
+    for index, (line, cells) in enumerate(table):
+        yield _row(index, line, cells, position, width)
 
 
 def survey(file: IO[bytes], column: str, charset: str | None = None, keep: int = 20) -> Survey:
@@ -102,12 +96,82 @@ def survey(file: IO[bytes], column: str, charset: str | None = None, keep: int =
     return Survey(rows, faulty, tuple(first))
 
 
-class _Lines:
-    """The physical lines of a file, ends kept; `ended` once a reader has asked for one more than there are."""
+class Table:
+    """A CSV file from where it stands to its end: `header` at once ([] when there is none), then its records, once.
 
-    def __init__(self, file: IO[bytes], encoding: str) -> None:
-        file.seek(0)
-        self._text = io.TextIOWrapper(file, encoding=encoding, newline="")
+    A record is the line on which it starts and its cells, as many as were written. The file stays the caller's and need
+    not be seekable. Raises EncodingError and TableError, at once and while iterating.
+    """
+
+    def __init__(self, file: IO[bytes], charset: str | None = None, delimiter: str = ",") -> None:
+        csv.field_size_limit(LONGEST_CELL)  # for the whole process; csv has no other way
+        start = file.read(4)
+        self._encoding = _encoding(start, charset)
+        self._bytes = _Counted(file, start)
+        self._lines = _Lines(io.TextIOWrapper(self._bytes, encoding=self._encoding, newline=""))
+        with self._named_errors():
+            self._reader = csv.reader(self._lines, delimiter=delimiter)
+            self.header = next(filter(None, self._reader), [])
+            self._refuse_open_quote(1)
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        reader, lines, single = self._reader, self._lines, len(self.header) == 1
+        blank = 0
+        line = reader.line_num + 1
+        with self._named_errors():
+            for cells in reader:
+                if lines.ended:
+                    self._refuse_open_quote(line)
+                if not cells:
+                    blank += 1
+                else:
+                    if single:
+                        for back in range(blank, 0, -1):
+                            yield line - back, [""]
+                    blank = 0
+                    yield line, cells
+                line = reader.line_num + 1
+
+    def _refuse_open_quote(self, line: int) -> None:
+        # csv asks for a line after the last one only inside quotes.
+        if self._lines.ended and self.header:
+            raise TableError(f"a quoted cell that starts on line {line} or after it is never closed")
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            # The decoder was given all that was read so far; the error's bytes are the last of it.
+            at = self._bytes.given - len(error.object) + error.start
+            raise EncodingError(
+                f"byte {at} is not {self._encoding.upper()} text",
+                "save the file as UTF-8, or name its charset in the content type",
+            ) from error
+
+
+class _Counted(io.BufferedIOBase):
+    """Hands out `start`, then the file; counts what it gave. Closing it leaves the file open."""
+
+    def __init__(self, file: IO[bytes], start: bytes) -> None:
+        self._file = file
+        self._start = start
+        self.given = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read1(self, size: int = -1, /) -> bytes:
+        chunk, self._start = self._start or self._file.read(size), b""
+        self.given += len(chunk)
+        return chunk
+
+
+class _Lines:
+    """The physical lines of a text, ends kept; `ended` once a reader has asked for one more than there are."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text = text
         self.ended = False
 
     def __iter__(self) -> Iterator[str]:
@@ -118,38 +182,6 @@ class _Lines:
     def _end(self) -> Iterator[str]:
         self.ended = True
         yield from ()
-
-    def close(self) -> None:
-        # The file is the caller's; left attached it would be closed with the wrapper. It may be closed already.
-        with contextlib.suppress(ValueError):
-            self._text.detach()
-
-
-def _records(lines: _Lines, column: str) -> Iterator[Row]:
-    reader = csv.reader(lines)
-    header: list[str] | None = None
-    position = index = blank = 0
-    line = 1
-    for cells in reader:
-        if lines.ended:
-            # csv asks for a line after the last one only inside quotes.
-            raise TableError(f"a quoted cell that starts on line {line} or after it is never closed")
-        if header is None:
-            if cells:
-                header, position = cells, _position(cells, column)
-        elif not cells:
-            blank += 1
-        else:
-            if len(header) == 1:
-                for back in range(blank, 0, -1):
-                    yield Row(index, line - back)
-                    index += 1
-            blank = 0
-            yield _row(index, line, cells, position, len(header))
-            index += 1
-        line = reader.line_num + 1
-    if header is None:
-        raise TableError("the CSV has no header line", f"its first line must name the column {column!r}")
 
 
 def _row(index: int, line: int, cells: list[str], position: int, width: int) -> Row:
@@ -171,10 +203,8 @@ def _position(header: list[str], column: str) -> int:
     )
 
 
-def _encoding(file: IO[bytes], charset: str | None) -> str:
-    """The name of Python's codec for this file."""
-    file.seek(0)
-    start = file.read(4)
+def _encoding(start: bytes, charset: str | None) -> str:
+    """The name of Python's codec for a file that begins so."""
     told = next((name for bom, name in _BOMS if start.startswith(bom)), None)
     if charset is None:
         return told or "utf-8"
@@ -188,19 +218,3 @@ def _encoding(file: IO[bytes], charset: str | None) -> str:
     if name in ("utf-16", "utf-32") and told != name:
         return f"{name}-le"  # without a mark Python's decoder refuses; what is written today is little-endian
     return name
-
-
-def _undecodable_at(file: IO[bytes], encoding: str) -> int:
-    """The offset of the first byte that is not text; the wrapper only knows it within its own buffer."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    file.seek(0)
-    fed = 0
-    while True:
-        chunk = file.read(_CHUNK)
-        fed += len(chunk)
-        try:
-            decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            return fed - len(error.object) + error.start
-        if not chunk:
-            return fed

@@ -90,6 +90,7 @@ def edit_index(model: Path, change: Callable[[dict[str, str]], object]) -> None:
         (lambda m: first(m).unlink(), ["model-00001-of-00002.safetensors is missing"]),
         (lambda m: edit_index(m, lambda w: w.update(c="m-9.safetensors")), ["m-9.safetensors is missing", "lists it"]),
         (lambda m: edit_index(m, lambda w: w.update(c=first(m).name)), ["tensor c is missing", "index.json"]),
+        (lambda m: edit_index(m, lambda w: w.update(c=["x"])), ["['x'] is missing"]),  # type: ignore[call-overload]
         (lambda m: edit_index(m, lambda w: w.clear()), ["weight_map is missing or empty"]),
         (lambda m: (m / "model.safetensors.index.json").write_text("{"), ["index.json is not JSON"]),
         (lambda m: (m / "config.json").unlink(), ["config.json is missing"]),
@@ -208,7 +209,9 @@ def test_missing_pickle_of_an_index(model: Path) -> None:
 def test_gguf(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
-    assert check_weights(tmp_path).format == "gguf"
+    report = check_weights(tmp_path)
+    assert report.format == "gguf"
+    assert any("only with a plugin" in warning for warning in report.warnings)
     path.write_bytes(b"oops" * 10)
     with pytest.raises(ModelError, match="not a GGUF file"):
         check_weights(tmp_path)

@@ -413,6 +413,12 @@ def test_no_model_is_a_clear_error(resolve: Resolve, custom: str | None) -> None
     assert all(way in caught.value.remedy for way in ("engine_config.json", "vllm/", "`model`", "load_model"))
 
 
+@pytest.mark.parametrize("name", ["~nobody-at-all/weights", "/" + "x" * 300])
+def test_a_path_that_no_file_can_have_is_a_clear_error(resolve: Resolve, name: str) -> None:
+    with pytest.raises(ConfigurationError, match="does not exist"):
+        resolve({}, params=(f"model={name}",))
+
+
 def test_a_path_that_is_not_there_is_a_clear_error(resolve: Resolve) -> None:
     with pytest.raises(ConfigurationError, match=r"/no/such/model \(--param\) does not exist"):
         resolve({}, params=("model=/no/such/model",))

@@ -158,6 +158,9 @@ def test_url_prefixes(plain: Resolve, text: str, prefix: str) -> None:
         ("json_body_limit", "8 apples", "is not a size"),
         ("json_body_limit", "10", "at least 1KiB"),
         ("logging_level", "loud", "is not one of"),
+        ("workers", "²", "whole number"),
+        ("state_dir", "~nobody-at-all/x", "home folder of nobody"),
+        ("runtime_params_file", "/no/such.yaml", "there is no file /no/such.yaml"),
     ],
 )
 def test_wrong_options_name_their_source(plain: Resolve, key: str, text: str, words: str) -> None:
@@ -270,10 +273,33 @@ def test_an_upstream_needs_no_engine(
     assert settings.after_hook({}) is settings
 
 
+@pytest.mark.parametrize("url", ["http://me:s3cret@h:1", "http://h/?key=s3cret", "http://a@b:s3cret@h"])
+def test_a_wrong_upstream_is_shown_without_its_secret(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigurationError, match="is not a URL") as caught:
+        load(Flags(str(tmp_path), {"upstream": url}), {})
+    assert "s3cret" not in str(caught.value)
+    assert "--upstream-key-file" in caught.value.remedy
+
+
 @pytest.mark.parametrize("url", ["localhost:9999", "ftp://x", "http://", "http://h/?q", "http://u:p@h", "http://h:x"])
 def test_a_wrong_upstream(tmp_path: Path, url: str) -> None:
     with pytest.raises(ConfigurationError, match="is not a URL"):
         load(Flags(str(tmp_path), {"upstream": url}), {})
+
+
+@pytest.mark.parametrize("port", ["x", "0", "65536", "-1", "²"])
+def test_a_wrong_openai_port(resolve: Resolve, port: str) -> None:
+    with pytest.raises(ConfigurationError, match="OPENAI_PORT") as caught:
+        resolve(environ={"OPENAI_PORT": port})
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("python", ["/no/such/python", "~nobody-at-all/bin/python"])
+def test_a_wrong_engine_python_is_named_by_who_named_it(resolve: Resolve, python: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^VLLM_DROPIN_ENGINE_PYTHON: .* is not a program"):
+        resolve(environ={"VLLM_DROPIN_ENGINE_PYTHON": python})
+    with pytest.raises(ConfigurationError, match=r"^--engine-python: .* is not a program"):
+        resolve(engine_python=python)
 
 
 def test_openai_port_puts_the_engine_there(resolve: Resolve) -> None:

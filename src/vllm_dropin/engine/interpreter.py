@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def _installed_here() -> dict[str, str]:
 
 def _locate(named: str, source: str) -> Path:
     """An absolute path. Links are kept: a virtual environment's python is a link, and its place is what counts."""
-    path = Path(named).expanduser()
+    path = Path(os.path.expanduser(named))  # noqa: PTH111 (pathlib's raises for an unknown user)
     if path.is_dir():
         path = path / "bin" / "python"
     program = shutil.which(path)

@@ -90,6 +90,7 @@ def _check(folder: Path) -> WeightReport:
     elif chosen == "gguf":
         for name in weights:
             _check_gguf(folder / name)
+        warnings.append(f"{weights[0]}: vLLM loads GGUF only with a plugin: prefer safetensors")
     else:
         _check_pickles(folder, names, weights)
         warnings.append(f"{weights[0]} is a Python pickle, which can run code when it is loaded: prefer safetensors")
@@ -162,7 +163,7 @@ def _check_index(index: Path, found: dict[str, set[str]]) -> set[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: weight_map is missing or empty", _AGAIN)
     for tensor, shard in weight_map.items():
-        if shard not in found:
+        if not isinstance(shard, str) or shard not in found:
             raise ModelError(f"{index.parent / str(shard)} is missing; {index.name} lists it", _AGAIN)
         if tensor not in found[shard]:
             remedy = "The index and the shards are of different models or versions. Copy all of them again."
@@ -237,7 +238,7 @@ def _check_pickles(folder: Path, names: list[str], weights: list[str]) -> None:
     for name in names:
         if name.endswith(".bin.index.json"):
             shards = _read_json(folder / name).get("weight_map")
-            for shard in sorted(set(shards.values())) if isinstance(shards, dict) else []:
+            for shard in sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else []:
                 if shard not in names:
                     raise ModelError(f"{folder / shard} is missing; {name} lists it", _AGAIN)
     for name in weights:

@@ -51,7 +51,16 @@ class Choices:
 
     def path(self, key: str) -> Path | None:
         text = self.text(key)
-        return Path(text).expanduser().absolute() if text else None
+        return expanded(text, f"{key} ({self.source(key)})").absolute() if text else None
+
+    def file(self, key: str) -> Path | None:
+        """The path of a file that has to be there."""
+        path = self.path(key)
+        if path is not None and not path.is_file():
+            raise ConfigurationError(
+                f"{key} ({self.source(key)}): there is no file {path}", f"Correct the path, or leave {key} out."
+            )
+        return path
 
     def tell(self, key: str, value: object, why: str) -> None:
         """Report a value that was worked out for an option that nobody gave."""
@@ -60,6 +69,14 @@ class Choices:
 
     def source(self, key: str) -> str:
         return next(setting.source for setting in reversed(self.settings) if setting.name == key)
+
+
+def expanded(text: str, place: str) -> Path:
+    """A path with the home folder in place of its `~`. Raises ConfigurationError for a user who has none."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigurationError(f"{place}: '{text}' is in the home folder of nobody", "Write the path out.") from None
 
 
 def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -76,7 +93,7 @@ def count(minimum: int) -> Callable[[str], int]:
     """A parser for whole numbers from `minimum` on."""
 
     def parse(text: str) -> int:
-        if not text.strip().isdigit() or int(text) < minimum:
+        if not text.strip().isdecimal() or int(text) < minimum:
             raise ValueError(f"is not a whole number of at least {minimum}")
         return int(text)
 

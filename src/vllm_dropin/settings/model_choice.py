@@ -62,5 +62,8 @@ def _find(reference: str, folder: Path) -> Path | None:
     """The model on this machine, where the reference names one: absolute, in the model folder, or where we run."""
     if "://" in reference:
         return None
-    path = Path(reference).expanduser()
-    return next((place.absolute() for place in (folder / path, path) if place.exists()), None)
+    try:
+        path = Path(reference).expanduser()
+        return next((place.absolute() for place in (folder / path, path) if place.exists()), None)
+    except (RuntimeError, OSError):  # the home folder of nobody; a name that no file can have
+        return None

@@ -47,7 +47,7 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
     named = flags.folder or options.text("code_dir")
     if not named:
         raise ConfigurationError("no model folder is given", "Name it: vllm-dropin serve FOLDER, or set CODE_DIR.")
-    return resolve(read_folder(Path(named).expanduser()), flags, environ)
+    return resolve(read_folder(choices.expanded(named, "the model folder")), flags, environ)
 
 
 def resolve(folder: ModelFolder, flags: Flags, environ: Mapping[str, str]) -> Settings:
@@ -57,17 +57,17 @@ def resolve(folder: ModelFolder, flags: Flags, environ: Mapping[str, str]) -> Se
     verbose = options.switch("verbose")
     log_level = "DEBUG" if verbose else options.read("logging_level", choices.level)
     _check_target_type(folder, options)
-    parameters = read_parameters(folder.metadata, environ, options.path("runtime_params_file"), flags.params)
+    parameters = read_parameters(folder.metadata, environ, options.file("runtime_params_file"), flags.params)
     warnings += parameters.warnings
     listen = read_listen(options, warnings)
     limits = _limits(options, parameters)
     upstream, upstream_key = _upstream(options, environ, warnings)
     paths = Paths(_state_dir(options, environ), options.path("runtime_dir"))
     hook_timeout = options.read("hook_timeout", choices.seconds)
-    engine_python = options.text("engine_python")
+    options.text("engine_python")
     planned: Planned | None = None
     if upstream is None:
-        python = find(engine_python, environ)
+        python = find(flags.options.get("engine_python"), environ)
         tcp = _tcp(environ)
         planned = plan_engine(folder, parameters, flags.engine_args, python, environ, paths.state_dir, tcp)
         warnings += planned.warnings
@@ -242,7 +242,11 @@ def _upstream(options: Choices, environ: Mapping[str, str], warnings: list[str])
     except ValueError:
         valid = False
     if not valid or parts.query or parts.fragment or parts.username:
-        raise ConfigurationError(f"upstream '{url}' is not a URL such as http://localhost:9999")
+        plain = url.partition("?")[0]  # a key may follow, as a password may stand before an @
+        shown = f"…@{plain.rpartition('@')[2]}" if "@" in plain else plain
+        raise ConfigurationError(
+            f"upstream '{shown}' is not a URL such as http://localhost:9999", "Give its key with --upstream-key-file."
+        )
     keys = read_keys(key_file, warnings) if key_file else ()
     return url.rstrip("/").removesuffix("/v1"), keys[0] if keys else None
 
@@ -261,8 +265,8 @@ def _tcp(environ: Mapping[str, str]) -> tuple[str, int] | None:
     text = environ.get("OPENAI_PORT")
     if not text:
         return None
-    if not text.isdigit() or not 0 < int(text) <= 65535:
-        raise ConfigurationError(f"OPENAI_PORT: '{text}' is not a port")
+    if not text.isdecimal() or not 0 < int(text) <= 65535:
+        raise ConfigurationError(f"OPENAI_PORT: '{text}' is not a port", "Give a number from 1 to 65535, or unset it.")
     return "127.0.0.1", int(text)
 
 

@@ -6,8 +6,8 @@ Both are given the same stub engine, then the same build of vLLM and the same mo
 installed to be run, nothing of it is shipped) lives in .venv-incumbent, made from requirements/incumbent.lock.
 
 What is expected to come out different is data: tests/contract/differences.toml. Exit code 1 when ours fails anything,
-when the incumbent fails what the data does not know, or passes what the data says it fails. `--docs` writes
-docs/differences.md from the data instead. What `--only` and `--engine` leave out is read from its last run.
+when the incumbent fails what the data does not know, or passes what the data says it fails. `--docs` writes the last
+section of docs/http.md from the data instead. What `--only` and `--engine` leave out is read from its last run.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / ".cache" / "contract"
 DIFFERENCES = ROOT / "tests" / "contract" / "differences.toml"
+PAGE = ROOT / "docs" / "http.md"
+BEGIN = "<!-- begin: made by `python scripts/check_contract.py --docs` from tests/contract/differences.toml -->"
+END = "<!-- end -->"
 VENV = ROOT / ".venv-incumbent"
 ENGINE = Path(os.environ.get("VLLM_DROPIN_ENGINE_PYTHON") or ROOT / ".venv-engine" / "bin" / "python3")
 EXAMPLE = ROOT / "examples" / "smollm2"
@@ -151,22 +154,30 @@ def print_table(tests: Mapping[str, Test], differences: Sequence[Difference]) ->
     return not gone and not any(said.isupper() for said in totals)
 
 
-def write_docs(differences: Sequence[Difference]) -> None:
-    """docs/differences.md, from the data."""
-    head = (
-        "# Differences from DRUM\n\n"
-        "Made by `python scripts/check_contract.py --docs` from tests/contract/differences.toml. Every line is shown\n"
-        "by a test of tests/contract that ours passes and DRUM 1.18.1 (`drum server --gpu-predictor=vllm`) fails;\n"
-        "`make check-contract` runs both side by side on the same engine. *Better*: the same contract, kept.\n"
-        "*Different*: a choice of ours that a client can see.\n"
-    )
-    parts = [head]
-    for kind, title in (("better", "Better"), ("different", "Different")):
-        parts.append(f"\n## {title}\n\n| what | DRUM | vllm-dropin | why |\n|---|---|---|---|\n")
+def section(differences: Sequence[Difference]) -> str:
+    """The data as a section of docs/http.md."""
+    parts = [
+        "Every line is shown by a test of tests/contract that ours passes and DRUM 1.18.1 fails (`drum server\n"
+        "--gpu-predictor=vllm`); `make check-contract` runs both side by side on the same engine.\n"
+    ]
+    for kind, title in (
+        ("better", "Better: the same contract, kept"),
+        ("different", "Different: a choice of ours that a client can see"),
+    ):
+        parts.append(f"\n### {title}\n\n| what | DRUM | vllm-dropin | why |\n| --- | --- | --- | --- |\n")
         for entry in differences:
             if entry.kind == kind:
                 parts.append(f"| {entry.what} | {entry.incumbent} | {entry.ours} | {entry.why} |\n")
-    (ROOT / "docs" / "differences.md").write_text("".join(parts), encoding="utf-8")
+    return "".join(parts)
+
+
+def with_section(page: str, differences: Sequence[Difference]) -> str:
+    """The page with the section between its two marks made anew."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"check-contract: {PAGE} has lost the marks of its section on differences")
+    return f"{before}{begin}\n\n{section(differences)}\n{end}{after}"
 
 
 def main() -> int:
@@ -174,11 +185,11 @@ def main() -> int:
     parser.add_argument("--only", choices=("ours", "incumbent"), help="run one product")
     parser.add_argument("--engine", choices=tuple(ENGINES), help="run on one engine")
     parser.add_argument("--drum", type=Path, help="a `drum` that is already installed")
-    parser.add_argument("--docs", action="store_true", help="write docs/differences.md and do nothing else")
+    parser.add_argument("--docs", action="store_true", help="write the section of docs/http.md, nothing else")
     options = parser.parse_args()
     differences = read_differences()
     if options.docs:
-        write_docs(differences)
+        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), differences), encoding="utf-8")
         return 0
     RESULTS.mkdir(parents=True, exist_ok=True)
     environ = {"CONTRACT_ENGINE": str(ENGINE), "CONTRACT_MODEL": str(EXAMPLE / "vllm")}

@@ -172,6 +172,12 @@ def test_visible_devices_bound_the_gpu_count(launch: Start) -> None:
     assert set(command.values(*TENSOR) + command.values(*PIPELINE)) <= {"1"}
 
 
+def test_a_small_model_stays_on_one_gpu(launch: Start) -> None:
+    """2: with two GPUs a model that fits on one is not spread over both."""
+    command = launch(environ=TWO_GPUS).launch()
+    assert set(command.values(*TENSOR) + command.values(*PIPELINE)) <= {"1"}
+
+
 def test_unknown_parallelism_is_refused(launch: Start) -> None:
     """2.3: a default_parallelism that is neither tp nor pp is refused by name."""
     service = launch(environ=TWO_GPUS, parameters={"default_parallelism": ("string", "zz")})

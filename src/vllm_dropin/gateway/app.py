@@ -9,7 +9,7 @@ request ── headers ≤ 64 KiB ── key ── route ── method ── h
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -63,6 +63,11 @@ class Gateway:
         self._platform = Platform(config, state, self._engine)
         self._root_routes = {path: Route(_READ, handle) for path, handle in self._platform.operations.items()}
         self._routes = {**self._root_routes, **self._prefixed_routes()}
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        """Every path that has no part of its own choosing, without the prefix and a trailing slash."""
+        return self._routes
 
     def _prefixed_routes(self) -> dict[str, Route]:
         routes = {path: Route(_READ, handle) for path, handle in self._platform.contract.items()}

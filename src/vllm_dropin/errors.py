@@ -1,7 +1,7 @@
 """Every error of the product. Each has an exit code for the process, a short code for programs and a remedy for people.
 
-Exit codes follow sysexits.h: 0 asked stop, 70 restart budget spent, 74 input or output, 75 drain overrun, 78 bad
-configuration or model.
+Exit codes follow sysexits.h: 0 asked stop, 65 too many failed rows, 70 restart budget spent, 74 input or output,
+75 drain overrun, 78 bad configuration or model.
 
     DropinError (70)
     ├── ConfigurationError (78)     what the user wrote: folder, parameters, flags
@@ -14,6 +14,8 @@ configuration or model.
     ├── DownloadError (78)          the hub did not give the model
     ├── EngineError (70)            the engine would not stay up
     ├── InputOutputError (74)       disk or remote storage
+    │   └── EngineAwayError         the server that answers rows is gone for now
+    ├── FailedRowsError (65)        more rows failed than allowed
     └── DrainOverrunError (75)      requests were cut off at the drain deadline
 """
 
@@ -103,6 +105,19 @@ class InputOutputError(DropinError):
 
     exit_code = 74
     code = "io"
+
+
+class EngineAwayError(InputOutputError):
+    """The server that answers rows can't be reached; later it may."""
+
+    code = "away"
+
+
+class FailedRowsError(DropinError):
+    """More rows failed than was allowed; every answer is kept."""
+
+    exit_code = 65
+    code = "rows"
 
 
 class DrainOverrunError(DropinError):

@@ -43,21 +43,21 @@ def test_a_suspect_waits_for_rows_in_flight_and_holds_back_the_others() -> None:
         gate, events = Gate(8), []
         leave = {name: asyncio.Event() for name in ("early", "first", "second", "late")}
 
-        async def row(name: str, *, alone: bool) -> None:
-            async with gate.turn(alone=alone):
+        async def row(name: str, *, crashes: int) -> None:
+            async with gate.turn(crashes=crashes):
                 events.append(f"{name} in")
                 await leave[name].wait()
             events.append(f"{name} out")
 
         async def suspect(name: str) -> None:
             with gate.suspicion():
-                await row(name, alone=True)
+                await row(name, crashes=2)
 
-        tasks = [asyncio.create_task(row("early", alone=False))]
+        tasks = [asyncio.create_task(row("early", crashes=0))]
         await settle()
         tasks += [asyncio.create_task(suspect(name)) for name in ("first", "second")]
         await settle()
-        tasks += [asyncio.create_task(row("late", alone=False))]
+        tasks += [asyncio.create_task(row("late", crashes=0))]
         await settle()
         assert events == ["early in"]
         for name in leave:
@@ -65,6 +65,49 @@ def test_a_suspect_waits_for_rows_in_flight_and_holds_back_the_others() -> None:
             await settle()
         await asyncio.gather(*tasks)
         assert events == [f"{name} {way}" for name in ("early", "first", "second", "late") for way in ("in", "out")]
+
+    run(test)
+
+
+def test_suspects_of_one_death_are_asked_in_small_company() -> None:
+    async def test() -> None:
+        gate, inside = Gate(9), set()
+        leave: dict[int, asyncio.Event] = {}
+
+        async def suspect(name: int, crashes: int) -> None:
+            leave[name] = asyncio.Event()
+            with gate.suspicion():
+                async with gate.turn(crashes=crashes):
+                    inside.add(name)
+                    await leave[name].wait()
+                    inside.remove(name)
+
+        tasks = [asyncio.create_task(suspect(name, 2 if name == 4 else 1)) for name in range(8)]
+        await settle()
+        seen = [set(inside)]
+        while inside:
+            leave[min(inside)].set()
+            await settle()
+            seen.append(set(inside))
+        await asyncio.gather(*tasks)
+        # Three at a time, 4 by itself, then three at a time again.
+        assert seen == [{0, 1, 2}, {1, 2, 3}, {2, 3}, {3}, {4}, {5, 6, 7}, {6, 7}, {7}, set()]
+
+    run(test)
+
+
+def test_a_suspect_that_leaves_the_line_holds_nobody_up() -> None:
+    async def test() -> None:
+        gate = Gate(4)
+        turns = [gate.turn(crashes=2) for _ in range(3)]
+        await turns[0].__aenter__()
+        waiting = [asyncio.create_task(turn.__aenter__()) for turn in turns[1:]]
+        await settle()
+        waiting[0].cancel()
+        await settle()
+        await turns[0].__aexit__(None, None, None)
+        await asyncio.wait_for(waiting[1], 1)
+        await turns[2].__aexit__(None, None, None)
 
     run(test)
 

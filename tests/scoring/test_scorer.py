@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from vllm_dropin.scoring.gate import Gate
 from vllm_dropin.scoring.prompts import GenerationDefaults, chat_body
 from vllm_dropin.scoring.results import Fault, RowResult
 from vllm_dropin.scoring.rows import EMPTY, Row
-from vllm_dropin.scoring.scorer import CRASHED, GONE, RETRIES, EngineLost, Scorer
+from vllm_dropin.scoring.scorer import CRASHED, CULPRIT, GONE, RETRIES, EngineLost, Scorer
 
 
 @dataclass(frozen=True)
@@ -226,25 +227,26 @@ def test_rows_that_kill_the_engine_fail_and_no_others(poisons: set[int]) -> None
         assert {result.index for result in results if result.error} == poisons
         assert {results[at].error for at in poisons} == {CRASHED}
         assert all(result.prediction == prompts[at].upper() for at, result in enumerate(results) if at not in poisons)
-        assert all(engine.asked.count(prompts[at]) == 2 for at in poisons)
+        assert all(engine.asked.count(prompts[at]) == CULPRIT for at in poisons)
 
     run(test)
 
 
-def test_suspects_are_asked_alone_and_first() -> None:
+def test_suspects_come_first_in_smaller_and_smaller_company() -> None:
     async def test() -> None:
         engine = Engine()
         prompts = ["poison", *(f"p{at}" for at in range(60))]
-        await collect(scorer(engine), prompts)
-        again = [prompt for prompt in engine.asked[:16] if engine.asked.count(prompt) == 2]
-        assert len(set(again)) == 8
-        seen: set[str] = set()
+        await collect(scorer(engine, limit=9), prompts)
+        assert {prompt for prompt, _ in engine.crowd[:9]} == set(prompts[:9])
+        seen: Counter[str] = Counter()
         for prompt, company in engine.crowd:
-            if prompt in seen:
-                assert company == 1
-            seen.add(prompt)
-        # All eight of the crash come again before any row that was not there.
-        assert {prompt for prompt, _ in engine.crowd[8:16]} == set(prompts[:8])
+            assert company <= (9, 3, 1)[seen[prompt]]
+            seen[prompt] += 1
+        assert seen["poison"] == CULPRIT
+        # All nine of the crash come again before any row that was not there.
+        after = [prompt for prompt, _ in engine.crowd[9:]]
+        stranger = next(at for at, prompt in enumerate(after) if prompt not in prompts[:9])
+        assert not set(after[stranger:]) & set(prompts[:9])
 
     run(test)
 
@@ -253,7 +255,7 @@ def test_a_death_while_a_row_waits_for_its_turn_counts() -> None:
     async def test() -> None:
         engine, gate = Engine(), Gate(2)
         lost = EngineLost("the connection broke off", sent=True)
-        engine.replies["a"] = [lost, lost, said("A")]
+        engine.replies["a"] = [lost, lost, lost, said("A")]
         asking = Scorer(engine, compose, gate, backoff=0.002)
         task = asyncio.create_task(collect(asking, "a"))
         while not engine.in_flight:
@@ -261,11 +263,12 @@ def test_a_death_while_a_row_waits_for_its_turn_counts() -> None:
         with gate.suspicion():
             await asyncio.sleep(0.05)  # the row has lost its connection and waits for its turn
             engine.generation = 2
-        while len(engine.asked) < 2:
-            await asyncio.sleep(0.001)
-        engine.generation = 3
+        for asked in (2, 3):
+            while len(engine.asked) < asked:
+                await asyncio.sleep(0.001)
+            engine.generation = asked + 1
         (result,) = await task
-        assert (result.error, result.tries) == (CRASHED, 2)
+        assert (result.error, result.tries) == (CRASHED, CULPRIT)
 
     run(test)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -11,21 +12,22 @@ from contextlib import asynccontextmanager, contextmanager
 class Gate:
     """One for all scorings of a process: `limit` rows at once, given out in order of arrival.
 
-    A row that was in flight when the engine died may be what killed it. Such suspects are asked one at a time, with no
-    other row in flight, so that a second death has one culprit (decision 7). Other rows wait for them.
+    A row that was in flight when the engine died may be what killed it. Such suspects are asked before all others, with
+    no other row in flight: the square root of `limit` at a time after their first death, which most often has another
+    cause, and one at a time after their second, so that a third has one culprit.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._held = 0
         self._waiters: deque[asyncio.Future[None]] = deque()
-        self._alone = asyncio.Lock()
         self._suspects = 0
-        self._asking = 0
+        self._asking = 0  # rows above suspicion
+        self._questioned = 0  # suspects
+        self._solitary = False  # the one that is questioned is to be alone
+        self._line: deque[tuple[bool, asyncio.Future[None]]] = deque()
         self._calm = asyncio.Event()  # no suspects
-        self._idle = asyncio.Event()  # no other row is being asked
         self._calm.set()
-        self._idle.set()
 
     @property
     def limit(self) -> int:
@@ -75,20 +77,46 @@ class Gate:
                 self._calm.set()
 
     @asynccontextmanager
-    async def turn(self, *, alone: bool) -> AsyncIterator[None]:
-        """Wait until this row may be asked: `alone` for a suspect, else together with others."""
-        if alone:
-            async with self._alone:
-                await self._idle.wait()
+    async def turn(self, *, crashes: int) -> AsyncIterator[None]:
+        """Wait until a row may be asked that was in flight at so many deaths of the engine."""
+        if crashes:
+            await self._line_up(alone=crashes > 1)
+            try:
                 yield
+            finally:
+                self._questioned -= 1
+                self._call_in()
             return
         while self._suspects:
             await self._calm.wait()
         self._asking += 1
-        self._idle.clear()
         try:
             yield
         finally:
             self._asking -= 1
-            if not self._asking:
-                self._idle.set()
+            self._call_in()
+
+    async def _line_up(self, *, alone: bool) -> None:
+        called = asyncio.get_running_loop().create_future()
+        self._line.append((alone, called))
+        self._call_in()
+        try:
+            await called
+        except asyncio.CancelledError:
+            if called.done() and not called.cancelled():
+                self._questioned -= 1
+                self._call_in()
+            raise
+
+    def _call_in(self) -> None:
+        """Let the suspects at the head of the line be asked, as many as may be together."""
+        together = math.isqrt(self._limit)
+        while self._line and not self._asking:
+            alone, called = self._line[0]
+            if not called.done():
+                if self._questioned and (alone or self._solitary or self._questioned >= together):
+                    return
+                self._questioned += 1
+                self._solitary = alone
+                called.set_result(None)
+            self._line.popleft()

@@ -15,6 +15,7 @@ from vllm_dropin.scoring.rows import Row
 
 CRASHED = "engine crashed on this row"
 GONE = "the engine is down and will not come back"
+CULPRIT = 3  # deaths of the engine with this row in flight, at the last of them alone
 RETRIES = 5  # further tries against one and the same engine
 AHEAD = 4096  # rows that may be finished or running ahead of the oldest one that is not
 _LONGEST_PAUSE = 5.0
@@ -151,10 +152,11 @@ class Scorer(Generic[R]):
                 if lost_in is not None and self._completer.generation != lost_in:
                     lost_in = None
                     crashes += 1
-                    if crashes == 2:
+                    if crashes == CULPRIT:
                         return failure(row, CRASHED, Fault.ENGINE, tries)
-                    stack.enter_context(self._gate.suspicion())
-                async with self._gate.turn(alone=crashes > 0):
+                    if crashes == 1:
+                        stack.enter_context(self._gate.suspicion())
+                async with self._gate.turn(crashes=crashes):
                     generation = self._completer.generation
                     if lost_in not in (None, generation):
                         continue  # it died while this row waited for its turn

@@ -263,6 +263,12 @@ def test_table_is_asked_of_the_engine_once(tmp_path: Path) -> None:
         flags.load_table("9.9.9", kept, python, environ)
 
 
+def test_a_state_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    environ = stand_in(tmp_path, "def make_arg_parser(parser): return parser\n")
+    (tmp_path / "file").touch()
+    assert flags.load_table("9.9.9", tmp_path / "file" / "flags", Path(sys.executable), environ).version == "9.9.9"
+
+
 def test_development_builds_never_take_a_shipped_table(tmp_path: Path) -> None:
     environ = stand_in(tmp_path, "def make_arg_parser(parser): return parser\n")
     table = flags.load_table("0.32.1.dev5+gabc", tmp_path / "state", Path(sys.executable), environ)

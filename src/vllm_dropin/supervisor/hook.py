@@ -26,6 +26,9 @@ PROGRAM = Path(children.__file__).parent / "hook.py"
 SHIM = Path(compat.__file__).parent
 """Last on the hook's path: `datarobot_drum.RuntimeParameters` where the real package is absent."""
 
+TRACEBACK_WIDTH = 300
+"""Characters of a line of the traceback in the error: it goes to the log, to /status and into an event."""
+
 _OWNED_PREFIXES = ("VLLM_DROPIN_", "MLOPS_RUNTIME_PARAM_", "DATAROBOT_", "MLOPS_")
 _OWNED = frozenset(
     {
@@ -114,9 +117,9 @@ def _read_report(path: Path) -> dict[str, Any]:
 def _failure(request: HookRequest, status: ExitStatus | None, report: Mapping[str, Any]) -> HookError:
     where = f"{request.hook_file.name}: {report['stage']}"
     if report["status"] == "failed":
-        lines = report["traceback"]
+        lines = [REDACTOR.hide(line)[:TRACEBACK_WIDTH] for line in report["traceback"]]
         return HookError(
-            REDACTOR.hide("\n".join([f"{where} failed: {lines[-1]}", *lines])),
+            "\n".join([f"{where} failed: {lines[-1]}", *lines]),
             "Mend custom.py; the log has its whole output.",
         )
     if status is None:

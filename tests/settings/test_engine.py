@@ -300,6 +300,18 @@ def test_what_is_dangerous_is_warned_of_when_it_is_on(resolve: Resolve, version:
     assert any(" is on: " in warning for warning in warnings) is on
 
 
+@pytest.mark.parametrize("spelling", ["--chat-template /opt/code/my.jinja", "--chat_template=/opt/code/my.jinja"])
+def test_a_file_that_is_not_there_is_warned_of(resolve: Resolve, spelling: str) -> None:
+    (warning,) = resolve({**config(*spelling.split()), "my.jinja": ""}).warnings
+    assert "engine_config.json) names /opt/code/my.jinja" in warning
+    assert "the model folder has my.jinja" in warning
+
+
+@pytest.mark.parametrize("value", ["my.jinja", "{{ messages }}", "{% if / %}", __file__])
+def test_a_template_that_may_be_one_is_not_warned_of(resolve: Resolve, value: str) -> None:
+    assert resolve(config("--chat-template", value)).warnings == ()
+
+
 @pytest.mark.parametrize(("version", "old"), [("0.31.0", True), ("0.32.0", False)])
 def test_an_old_engine_is_warned_of(resolve: Resolve, version: str, old: bool) -> None:
     warnings = resolve(version=version).warnings

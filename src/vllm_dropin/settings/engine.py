@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from vllm_dropin.engine.arguments import ParsedArgs
@@ -26,6 +27,7 @@ from vllm_dropin.settings.model_choice import ModelPlan
 
 _OURS = frozenset({"model", "served_model_name", "hf_token"})
 _NO_MODELS = frozenset({"true", "false", "null", "none", "nan", "inf"})  # as JSON and YAML values become text
+_FILES = ("chat_template", "tool_parser_plugin", "reasoning_parser_plugin", "log_config_file")
 _MEANINGS = {parameter.name: parameter.meaning for parameter in CONTRACT}
 _PARALLEL = frozenset({"tensor_parallel_size", "pipeline_parallel_size"})
 
@@ -84,7 +86,7 @@ def plan_engine(
             tcp=tcp,
         )
     )
-    warnings += _remarks(plan)
+    warnings += [*_remarks(plan), *_missing_files(plan, folder.path)]
     credential = parameters.credential("HuggingFaceToken")
     if credential is not None and credential.token() is None:
         warnings.append("the credential HuggingFaceToken has no field apiToken: the hub is asked without it")
@@ -249,6 +251,20 @@ def _remarks(plan: EnginePlan) -> list[str]:
     if plan.python.outdated:
         remarks.append(f"vLLM {plan.python.version} lacks fixes of its published advisories: 0.32 or newer has them")
     return remarks
+
+
+def _missing_files(plan: EnginePlan, folder: Path) -> Iterator[str]:
+    """Files that flags name and that are not there: vLLM notices only when the model is loaded.
+
+    `/opt/code/…` is how folders spell themselves in an image: elsewhere a relative path would find the same file.
+    """
+    for dest in _FILES:
+        flag, value = plan.last(dest), _value(plan, dest)
+        if flag is None or value is None or not value.startswith("/") or os.path.lexists(value):
+            continue
+        near = folder / PurePath(value).name
+        hint = f"; the model folder has {near.name}: a relative path starts there" if os.path.exists(near) else ""  # noqa: PTH110
+        yield f"{flag.tokens[0].partition('=')[0]} ({flag.source}) names {value}, and there is no such file yet{hint}"
 
 
 def _warn_of_lost_params(settings: Sequence[Setting], warnings: list[str]) -> None:

@@ -368,6 +368,8 @@ def test_flags_of_a_vllm_config_file_obey_the_same_rules(resolve: Resolve, tmp_p
         resolve({**config("--config", "more.yaml"), "more.yaml": "port: 9\n"})
     with pytest.raises(FlagError, match=r"--config in engine_config\.json names .*none\.yaml"):
         resolve(config("--config", "none.yaml"))
+    with pytest.raises(FlagError, match=r"more\.yaml .* names a --config itself"):
+        resolve({**config("--config", "more.yaml"), "more.yaml": "config: more.yaml\n"})
 
 
 # Several GPUs

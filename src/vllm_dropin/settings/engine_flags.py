@@ -70,9 +70,11 @@ def read_args(table: FlagTable, args: Sequence[object], source: str, folder: Pat
                 f"--config in {source} names {file}, and there is no such file",
                 "A relative path starts at the model folder.",
             )
-        below = read_args(table, _config_args(file), f"{file.name} (--config in {source})", folder)
+        name = f"{file.name} (--config in {source})"
+        below = table.parse(_config_args(file), name)
         if below.last("config"):
-            raise FlagError(f"{file.name} names another --config", "Put all flags into one file.")
+            raise FlagError(f"{name} names a --config itself", "Put all flags into one file.")
+        _refuse_ours(below, name)
         own = tuple(use for use in parsed.uses if use.dest != "config")
         said = {use.dest for use in own}
         parsed = ParsedArgs(
@@ -80,11 +82,15 @@ def read_args(table: FlagTable, args: Sequence[object], source: str, folder: Pat
             parsed.positionals or below.positionals,
             (*below.warnings, *(text for text in parsed.warnings if config.values[0] not in text)),
         )
+    _refuse_ours(parsed, source)
+    return parsed
+
+
+def _refuse_ours(parsed: ParsedArgs, source: str) -> None:
     for use in parsed.uses:
         reason = _TLS if use.dest.startswith("ssl_") else _NOT_YOURS.get(use.dest)
         if reason:
             raise FlagError(f"{use.option} in {source} (args[{use.index}]) is not for the engine to have", reason)
-    return parsed
 
 
 def _config_args(file: Path) -> list[object]:

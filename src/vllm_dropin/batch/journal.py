@@ -153,6 +153,14 @@ class Journal:
         except OSError as error:
             raise _refused(self.folder, error) from error
 
+    def expect(self, record: object) -> None:
+        """A row will be asked: nothing to do, for the input is read again when the output is written."""
+
+    @property
+    def crowded(self) -> bool:
+        """Never: answers go to the disk."""
+        return False
+
     def read_part(self, number: int) -> list[RowResult]:
         """The answers of one part, in the order in which they came."""
         try:

@@ -17,6 +17,7 @@ from vllm_dropin.errors import DropinError
 
 COMMANDS = {
     "serve": "serve a model folder over HTTP",
+    "score": "answer every row of a file",
     "check": "say what serve would do with a folder, and what is wrong with it",
 }
 _INTERRUPTED = 130

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from vllm_dropin.gateway.config import CONTRACT_MODEL, Deployment, GatewayConfig, Limits, SettingReport
 from vllm_dropin.scoring.prompts import GenerationDefaults
-from vllm_dropin.settings.settings import Settings
+from vllm_dropin.settings.settings import Generation, Settings
 from vllm_dropin.supervisor.runtime import RuntimeFolder
 
 
 def gateway_config(settings: Settings, runtime: RuntimeFolder) -> GatewayConfig:
     """The workers' configuration for one run."""
-    generation = settings.generation
     upstream = settings.upstream is not None
     names = settings.served_model_names
     tcp = settings.engine.tcp if settings.engine else None
@@ -25,14 +24,8 @@ def gateway_config(settings: Settings, runtime: RuntimeFolder) -> GatewayConfig:
         engine_key=settings.upstream_key.reveal() if settings.upstream_key else None,
         served_model=None if upstream else names[0],
         model_aliases=(*names, CONTRACT_MODEL),
-        generation=GenerationDefaults(
-            system_prompt=generation.system_prompt,
-            prompt_column_name=generation.prompt_column_name,
-            max_tokens=generation.max_tokens,
-            n=generation.n,
-            temperature=generation.temperature,
-        ),
-        chat_defaults=generation.chat_defaults,
+        generation=generation_defaults(settings.generation),
+        chat_defaults=settings.generation.chat_defaults,
         row_errors=settings.row_errors,
         error_status=settings.error_status,
         deployment=(
@@ -60,6 +53,17 @@ def gateway_config(settings: Settings, runtime: RuntimeFolder) -> GatewayConfig:
             for setting in settings.settings
         ),
         log_level=settings.log_level,
+    )
+
+
+def generation_defaults(generation: Generation) -> GenerationDefaults:
+    """What scoring is told about generation."""
+    return GenerationDefaults(
+        system_prompt=generation.system_prompt,
+        prompt_column_name=generation.prompt_column_name,
+        max_tokens=generation.max_tokens,
+        n=generation.n,
+        temperature=generation.temperature,
     )
 
 

@@ -9,16 +9,17 @@ from pathlib import Path
 
 from vllm_dropin.engine.command import EnginePlan, build
 from vllm_dropin.engine.weights import check_weights
-from vllm_dropin.gateway.state import Phase
-from vllm_dropin.logging import get
+from vllm_dropin.gateway.state import Phase, SharedState
+from vllm_dropin.logging import REDACTOR, get
 from vllm_dropin.platforms.events import StatusReporter
 from vllm_dropin.settings.settings import HookSettings, Settings
 from vllm_dropin.supervisor.download import DownloadRequest, Progress, download
-from vllm_dropin.supervisor.engine import EngineSite
+from vllm_dropin.supervisor.engine import EngineKeeper, EngineSite
 from vllm_dropin.supervisor.hook import HookRequest, HookState, run_hook
 from vllm_dropin.supervisor.phases import PhaseBoard
 from vllm_dropin.supervisor.probe import Probe
 from vllm_dropin.supervisor.references import references
+from vllm_dropin.supervisor.restarts import RestartBudget
 from vllm_dropin.supervisor.runtime import RuntimeFolder
 
 log = get("launch")
@@ -98,6 +99,22 @@ class Launch:
 
     def _show(self, progress: Progress) -> None:
         self._board.enter(Phase.DOWNLOADING, str(progress), progress.fraction)
+
+
+def engine_keeper(
+    settings: Settings, site: EngineSite, state: SharedState, board: PhaseBoard, reporter: StatusReporter
+) -> EngineKeeper:
+    """What keeps the prepared engine running, as the settings have it."""
+    supervision = settings.supervision
+    return EngineKeeper(
+        site,
+        RestartBudget(supervision.max_restarts, supervision.max_backoff),
+        state,
+        board,
+        on_restart=lambda reason: reporter.send("Engine restarted", REDACTOR.hide(reason)),
+        start_timeout=supervision.start_timeout,
+        hang_timeout=supervision.hang_timeout,
+    )
 
 
 def flag_values(plan: EnginePlan) -> dict[str, Sequence[str]]:

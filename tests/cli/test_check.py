@@ -85,6 +85,17 @@ def test_json(tmp_path: Path) -> None:
     assert {"name": "HF_TOKEN", "value": "***", "source": "HuggingFaceToken"} in report["environment"]["added"]
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize("secret", ['one"two\\three', "one'two", "one\ntwo", "one" + "two" * 30])
+def test_a_secret_is_hidden_however_it_would_be_spelled(tmp_path: Path, form: list[str], secret: str) -> None:
+    folder = make_folder(tmp_path / "m", {"engine_config.json": engine_config("--model", "o/m", "--revision", secret)})
+    environ = {"MLOPS_RUNTIME_PARAM_HuggingFaceToken": envelope("credential", {"apiToken": secret})}
+    done = run(tmp_path, "check", str(folder), *form, environ=environ)
+    assert done.returncode == 0, done.stderr
+    assert "--revision" in done.stdout
+    assert "two" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

@@ -27,17 +27,30 @@ def shell(words: Sequence[str], indent: str = "  ") -> str:
     for word in words:
         if word.startswith("--") and lines[-1]:
             lines.append([])
-        lines[-1].append(shlex.quote(word))
+        lines[-1].append(shlex.quote(REDACTOR.hide(word)))  # quoting may change how a secret is spelled
     return f" \\\n{indent}  ".join(" ".join(line) for line in lines).join((indent, ""))
 
 
 def show(value: object) -> str:
     """A value in a table: short, on one line, nothing for None."""
     text = "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    text = " ".join(text.split()) or '""'
+    text = " ".join(REDACTOR.hide(text).split()) or '""'  # hidden before it is cut
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def to_json(value: object) -> str:
     """JSON with secrets hidden, also inside longer texts."""
-    return REDACTOR.hide(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    return json.dumps(_hidden(value), indent=2, ensure_ascii=False, default=lambda other: REDACTOR.hide(str(other)))
+
+
+def _hidden(value: object) -> object:
+    """Before it is JSON: there a secret with a quote or a line break in it would be spelled differently."""
+    match value:
+        case str():
+            return REDACTOR.hide(value)
+        case dict():
+            return {key: _hidden(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_hidden(item) for item in value]
+        case _:
+            return value

@@ -26,18 +26,22 @@ _MAGIC = "*?["
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file to read. `size` is what it takes where it lies, compressed if it is; None for standard input."""
+    """One file to read. `size` is what it takes where it lies, compressed if it is; None where nobody knows.
+
+    `rereadable` tells whether it can be opened more than once: not standard input, nor a pipe.
+    """
 
     name: str
     size: int | None
     format: Format
     compression: Compression | None = None
     location: Location | None = field(default=None, repr=False)
+    rereadable: bool = True
 
     @property
-    def rereadable(self) -> bool:
-        """Whether it can be opened more than once."""
-        return self.location is not None
+    def shown(self) -> str:
+        """What messages call it."""
+        return "standard input" if self.location is None else self.name
 
     def open(self, moved: Callable[[int], None] | None = None) -> BinaryIO:
         """Its bytes, decompressed. `moved` is told of each piece how many bytes it took of `size`.
@@ -45,16 +49,16 @@ class InputFile:
         Raises InputOutputError, here and in every read, when the disk, the remote or the compression fails.
         """
         raw = standard_input() if self.location is None else self.location.open()
-        return io.BufferedReader(_Guarded(self.name, raw, self.compression, moved), _BUFFER)
+        return io.BufferedReader(_Guarded(self.shown, raw, self.compression, moved), _BUFFER)
 
     def fingerprint(self) -> str:
         """What tells this content from any other: blocking, and reads all of a local file.
 
         Of a remote file the size with its checksum, or with its times where it has none: nothing is downloaded. Two
-        readings of standard input are never the same.
+        readings of standard input or of a pipe are never the same.
         """
-        if self.location is None:
-            return f"standard input {secrets.token_hex(8)}"
+        if self.location is None or not self.rereadable:
+            return f"{self.shown} {secrets.token_hex(8)}"
         if self.location.remote is not None:
             return " ".join(f"{name}:{value}" for name, value in self.location.marks().items())
         digest = hashlib.blake2b(digest_size=32)
@@ -94,7 +98,7 @@ def _stdin(names: Sequence[str], chosen: Format | None) -> InputFile:
     if chosen is None or chosen == "parquet":
         told = "Parquet can't be read from it" if chosen else "its format is not known"
         raise ConfigurationError(f"standard input (-): {told}", "Add --format csv or --format jsonl.")
-    return InputFile("-", None, chosen)
+    return InputFile("-", None, chosen, rereadable=False)
 
 
 def _expand(name: str) -> list[Location]:
@@ -122,12 +126,15 @@ def _file(location: Location, chosen: Format | None) -> InputFile:
             f"{location.name}: the extension names no format that can be read",
             f"Known are {KNOWN}. --format says it too.",
         )
-    return InputFile(location.name, location.size(), format, compression, location)
+    regular = location.is_file()
+    if format == "parquet" and not regular:
+        raise ConfigurationError(f"{location.name}: Parquet can't be read from a pipe", "Save it to a file first.")
+    return InputFile(location.name, location.size() if regular else None, format, compression, location, regular)
 
 
 def _recognised(files: list[InputFile]) -> list[InputFile]:
     """With OpenAI Batch files told from other JSON Lines; a file without any line is what the others are."""
-    kinds = [_is_batch(file) if file.format == "jsonl" else None for file in files]
+    kinds = [_is_batch(file) if file.format == "jsonl" and file.rereadable else None for file in files]
     if True not in kinds:
         return files
     return [

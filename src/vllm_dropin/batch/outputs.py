@@ -120,7 +120,7 @@ def plan_output(
     )
     if plan.needs_survey and not source.rereadable:
         raise ConfigurationError(
-            f"standard input can be read only once, and {written} output of JSON Lines takes a first pass over it",
+            f"the input can be read only once, and {written} output of JSON Lines takes a first pass over it",
             "Write jsonl, or save the input to a file.",
         )
     if kept is not None:

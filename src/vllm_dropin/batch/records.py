@@ -53,7 +53,8 @@ class Source:
         self._csv = csv
         self._total = sum(file.size or 0 for file in files)
         self._done = 0
-        self._kept: Table | None = None
+        self._kept: dict[InputFile, Table] = {}
+        """What can be opened only once, with its header read."""
         self._spent = False
         if self.format == "parquet":
             self._look_at_schemas()
@@ -78,7 +79,7 @@ class Source:
         """
         if not self.rereadable:
             if self._spent:
-                raise ConfigurationError("standard input can be read only once", "Save it to a file and score that.")
+                raise ConfigurationError(f"{self._once()} can be read only once", "Save it to a file and score that.")
             self._spent = True
         return self._batches(start)
 
@@ -104,8 +105,7 @@ class Source:
             check = ids.checked if self.format == "openai-batch" else None
             for file in self.files:
                 self._done = before
-                name = "standard input" if file.location is None else file.name
-                place = f"{name}, {'row' if self.format == 'parquet' else 'line'}"
+                place = f"{file.shown}, {'row' if self.format == 'parquet' else 'line'}"
                 with contextlib.closing(self._file_rows(file)) as rows:
                     for row in rows:
                         yield place, check(row) if check else row
@@ -115,8 +115,8 @@ class Source:
     def _file_rows(self, file: InputFile) -> Generator[RawRow, None, None]:
         if self.format == "parquet":
             yield from self._parquet_rows(file)
-        elif self._kept is not None:
-            yield from csv_rows(file, self._kept)
+        elif not file.rereadable and (table := self._kept.pop(file, None)) is not None:
+            yield from csv_rows(file, table)
         else:
             with file.open(self._mover()) as stream:
                 if self.format in DELIMITERS:
@@ -140,6 +140,9 @@ class Source:
 
         return moved
 
+    def _once(self) -> str:
+        return next(file.shown for file in self.files if not file.rereadable)
+
     def _look_at_headers(self) -> None:
         for file in self.files:
             stream = file.open(None if file.rereadable else self._mover())
@@ -149,7 +152,7 @@ class Source:
                 if file.rereadable:
                     stream.close()
             if not file.rereadable:
-                self._kept = table
+                self._kept[file] = table
             self._agree(file, table.header)
 
     def _look_at_schemas(self) -> None:
@@ -167,15 +170,15 @@ class Source:
     def _agree(self, file: InputFile, columns: list[str]) -> None:
         twice = next((name for at, name in enumerate(columns) if name in columns[:at]), None)
         if twice is not None:
-            raise ConfigurationError(f"{file.name} has the column {twice!r} twice", "Rename one of them.")
+            raise ConfigurationError(f"{file.shown} has the column {twice!r} twice", "Rename one of them.")
         if self.columns is None:
             self.columns = tuple(columns)
         missing = [name for name in self.columns if name not in columns]
         added = [name for name in columns if name not in self.columns]
         if missing or added:
-            lacks = f"{file.name} lacks {listed(missing)}" if missing else f"{file.name} also has {listed(added)}"
+            lacks = f"{file.shown} lacks {listed(missing)}" if missing else f"{file.shown} also has {listed(added)}"
             raise ConfigurationError(
-                f"the inputs have different columns: {lacks}, compared with {self.files[0].name}",
+                f"the inputs have different columns: {lacks}, compared with {self.files[0].shown}",
                 "Score them one after the other, or give them the same columns.",
             )
 
@@ -186,7 +189,7 @@ class Source:
             other = schema.field(field.name).type
             if other != field.type:
                 raise ConfigurationError(
-                    f"the inputs have different types: {field.name!r} is {field.type} in {self.files[0].name} and "
-                    f"{other} in {file.name}",
+                    f"the inputs have different types: {field.name!r} is {field.type} in {self.files[0].shown} and "
+                    f"{other} in {file.shown}",
                     "Score them one after the other, or write them with one schema.",
                 )

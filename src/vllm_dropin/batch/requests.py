@@ -105,9 +105,11 @@ class Composer:
             return Composed(error=record.error)
         try:
             body, text = self._taken(record.values) if self._batch else self._made(record.values)
+            return Composed(json.dumps(body).encode("ascii"), text)
         except RowFault as fault:
             return Composed(error=str(fault))
-        return Composed(json.dumps(body).encode("ascii"), text)
+        except RecursionError:
+            return Composed(error="a value is nested too deeply")
 
     def fingerprint(self) -> dict[str, str]:
         """Everything that shapes the requests, by names that a message can use."""

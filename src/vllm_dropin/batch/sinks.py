@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 from typing import IO, Any, BinaryIO, cast
@@ -72,15 +73,19 @@ class Sink:
         if self.closed:
             return
         self.closed = True
-        with writing(self.name):
-            if self._packed is not None:
-                self._packed.write(bytes(self._waiting))
-                self._packed.close()
-            self._file.flush()
-            if self._local:
-                os.fsync(self._file.fileno())
-            if self._owned:
-                self._file.close()
+        try:
+            with writing(self.name):
+                if self._packed is not None:
+                    self._packed.write(bytes(self._waiting))
+                    self._packed.close()
+                self._file.flush()
+                if self._local:
+                    os.fsync(self._file.fileno())
+                if self._owned:
+                    self._file.close()
+        except BaseException:
+            self.abort()
+            raise
 
     def abort(self) -> None:
         """Leave it as it is. A remote file does not appear; what a local one holds is of no use."""
@@ -89,12 +94,15 @@ class Sink:
         self.closed = self._end.dead = True
         if self._packed is not None:
             self._packed.close()
-        with writing(self.name):
+        # What fails here is of no use to anyone: the first error is the one to show.
+        with contextlib.suppress(Exception):
             if hasattr(self._file, "discard"):
                 self._file.discard()
-                self._file.closed = True  # else it would be completed when it is collected
-            elif self._owned:
+        with contextlib.suppress(Exception):
+            if self._local:
                 self._file.close()
+            elif self._owned:
+                self._file.closed = True  # else it would be completed when it is collected
 
 
 class _End:

@@ -23,6 +23,7 @@ RAW: Final = "_raw"
 """Where the text of a line that is no JSON object is kept."""
 ROWS, BYTES = 1024, 8 << 20
 """The most that a batch holds."""
+_DEEPEST = 200
 _LOCAL_BUFFER, _REMOTE_BUFFER = 1 << 20, 8 << 20
 
 
@@ -33,12 +34,12 @@ def naming(file: InputFile) -> Iterator[None]:
         yield
     except EncodingError as error:
         remedy = "Save the file as UTF-8, or name its charset with --charset."
-        raise EncodingError(f"{file.name}: {error.message}", remedy) from error
+        raise EncodingError(f"{file.shown}: {error.message}", remedy) from error
     except TableError as error:
         remedy = (
             "Charsets go by Python's names, such as utf-8 and cp1252." if "charset" in error.message else error.remedy
         )
-        raise TableError(f"{file.name}: {error.message}", remedy) from error
+        raise TableError(f"{file.shown}: {error.message}", remedy) from error
 
 
 def open_table(file: InputFile, stream: BinaryIO, charset: str | None, delimiter: str) -> Table:
@@ -72,6 +73,7 @@ def json_rows(stream: BinaryIO) -> Iterator[RawRow]:
             continue
         try:
             values = _DECODER.decode(text.decode())
+            _refuse_depth(text, values)
         except (ValueError, RecursionError) as error:
             yield line, {RAW: text.decode("utf-8", "backslashreplace")}, _json_fault(line, error), len(raw)
             continue
@@ -79,6 +81,23 @@ def json_rows(stream: BinaryIO) -> Iterator[RawRow]:
             yield line, values, None, len(raw)
         else:
             yield line, {RAW: text.decode()}, f"line {line} is no JSON object", len(raw)
+
+
+def _refuse_depth(text: bytes, value: object) -> None:
+    """What is nested as deeply as Python can read could not be written again, from deeper in the stack."""
+    if text.count(b"[") + text.count(b"{") <= _DEEPEST:
+        return
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
 
 
 def _json_fault(line: int, error: Exception) -> str:

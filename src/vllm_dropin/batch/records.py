@@ -104,7 +104,8 @@ class Source:
         with RequestIds() as ids:
             check = ids.checked if self.format == "openai-batch" else None
             for file in self.files:
-                self._done = before
+                if file.rereadable:
+                    self._done = before
                 place = f"{file.shown}, {'row' if self.format == 'parquet' else 'line'}"
                 with contextlib.closing(self._file_rows(file)) as rows:
                     for row in rows:

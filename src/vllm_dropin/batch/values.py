@@ -89,9 +89,46 @@ class ArrowRow(Mapping[str, object]):
 
 
 def _python(scalar: Any) -> object:
-    try:
-        value: object = scalar.as_py()
-    except (ValueError, OverflowError, ImportError):
-        # Nanoseconds and years that Python's own times do not have.
-        return str(scalar)
+    """An Arrow value as Python's. Arrow's own conversion of nanoseconds depends on whether pandas is installed."""
+    import pyarrow as pa
+
+    kind = scalar.type
+    if not scalar.is_valid:
+        return None
+    if pa.types.is_struct(kind):
+        return {name: _python(item) for name, item in scalar.items()}
+    if pa.types.is_map(kind):
+        return [[_python(part) for part in entry.values()] for entry in scalar.values]
+    if pa.types.is_nested(kind) and hasattr(scalar, "values"):
+        return [_python(item) for item in scalar.values]
+    if pa.types.is_temporal(kind):
+        return _time(scalar)
+    value: object = scalar.as_py()
     return value
+
+
+def _time(scalar: Any) -> object:
+    """A time as Python has it; ISO 8601 text for nanoseconds, and what Arrow says for years that Python has not."""
+    import pyarrow as pa
+
+    kind = scalar.type
+    unit = getattr(kind, "unit", None)
+    try:
+        if unit != "ns":
+            value: object = scalar.as_py()
+            return value
+        if pa.types.is_timestamp(kind):
+            coarse = pa.timestamp("us", kind.tz)
+        else:
+            coarse = pa.duration("us") if pa.types.is_duration(kind) else pa.time64("us")
+        moment = pa.scalar(scalar.value // 1000, coarse).as_py()
+    except (ValueError, OverflowError):
+        return f"{scalar.value} {unit} since 1970" if unit else str(scalar.value)
+    if scalar.value % 1000 == 0:
+        return moment
+    if isinstance(moment, datetime.timedelta):
+        return f"{scalar.value} ns"
+    digits = f"{scalar.value % 1_000_000_000:09}"
+    whole = moment.replace(microsecond=0).isoformat()
+    at = len("00:00:00") + (len("1970-01-01T") if isinstance(moment, datetime.datetime) else 0)
+    return f"{whole[:at]}.{digits}{whole[at:]}"

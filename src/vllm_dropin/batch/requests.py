@@ -286,12 +286,14 @@ def _refuse_empty(text: str) -> None:
 
 def _messages(value: object, column: str) -> Chat:
     """A chat: a list of messages, or the JSON text of one."""
+    if is_unset(value):
+        raise RowFault(EMPTY)
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RowFault(f"{column!r} is not valid JSON") from error
-    if is_unset(value) or value == []:
+    if value is None or value == []:
         raise RowFault(EMPTY)
     chat = as_json(value)
     if not isinstance(chat, list):

@@ -29,6 +29,8 @@ lock product.lock ../pyproject.toml "$@"
 lock dev.lock ../pyproject.toml dev.in --constraint product.lock "$@"
 # What `score` reads s3://, gs:// and az:// with, beside product.lock.
 lock cloud.lock ../pyproject.toml --extra cloud --constraint product.lock "$@"
+# What `score --ray` needs, beside product.lock.
+lock ray.lock ../pyproject.toml --extra ray --constraint product.lock "$@"
 # DRUM itself, which only `make check-contract` installs.
 lock incumbent.lock incumbent.in "$@"
 lock cpu.lock cpu.in --excludes cpu-excluded.txt "${torch_source[@]}" "$@"

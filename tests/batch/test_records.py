@@ -255,6 +255,9 @@ def test_batches_are_bounded_in_rows_and_bytes(tmp_path: Path) -> None:
     assert [len(batch) for batch in long.read()] == [3, 3, 1]
     pq.write_table(pa.table({"x": [f"{at}" * 100_000 for at in range(100, 200)]}), tmp_path / "c.parquet")
     assert max(len(batch) for batch in Source(find_inputs([str(tmp_path / "c.parquet")])).read()) < 60
+    # Stored once, and as large in memory.
+    pq.write_table(pa.table({"x": ["same" * 100_000] * 100}), tmp_path / "d.parquet")
+    assert max(len(batch) for batch in Source(find_inputs([str(tmp_path / "d.parquet")])).read()) < 60
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet", "a.csv.gz"])

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, cast
 
 from vllm_dropin.batch.kinds import KNOWN, Compression, Format, by_extension, named_format
-from vllm_dropin.batch.storage import STDIO, Location, locate, reading, standard_input
+from vllm_dropin.batch.storage import BLOCK, STDIO, Location, locate, reading, standard_input
 from vllm_dropin.errors import ConfigurationError
 
 _BUFFER = 1 << 18
+_PEEK = 1 << 16
 _PIECE = 1 << 20
 _MAGIC = "*?["
 
@@ -43,13 +44,16 @@ class InputFile:
         """What messages call it."""
         return "standard input" if self.location is None else self.name
 
-    def open(self, moved: Callable[[int], None] | None = None) -> BinaryIO:
+    def open(self, moved: Callable[[int], None] | None = None, *, peek: bool = False) -> BinaryIO:
         """Its bytes, decompressed. `moved` is told of each piece how many bytes it took of `size`.
+
+        With `peek` no more than its beginning is fetched from a remote.
 
         Raises InputOutputError, here and in every read, when the disk, the remote or the compression fails.
         """
-        raw = standard_input() if self.location is None else self.location.open()
-        return io.BufferedReader(_Guarded(self.shown, raw, self.compression, moved), _BUFFER)
+        block = _PEEK if peek else BLOCK
+        raw = standard_input() if self.location is None else self.location.open(block)
+        return io.BufferedReader(_Guarded(self.shown, raw, self.compression, moved), min(_BUFFER, block))
 
     def fingerprint(self) -> str:
         """What tells this content from any other: blocking, and reads all of a local file.
@@ -145,7 +149,7 @@ def _recognised(files: list[InputFile]) -> list[InputFile]:
 
 def _is_batch(file: InputFile) -> bool | None:
     """Whether the first record is a request; None when there is no record."""
-    with file.open() as lines:
+    with file.open(peek=True) as lines:
         for line in lines:
             if not line.strip(b" \t\r\n\xef\xbb\xbf"):
                 continue

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from vllm_dropin.errors import ConfigurationError
 from vllm_dropin.model.nearest import nearest
 
-Kind = Literal["number", "integer", "boolean", "text", "texts", "json"]
+Kind = Literal["number", "integer", "boolean", "text", "texts", "json", "any"]
 
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(
@@ -39,9 +39,10 @@ _KINDS: dict[str, Kind] = {
     ),
     **dict.fromkeys(("user", "reasoning_effort", "service_tier", "cache_salt", "chat_template"), "text"),
     **dict.fromkeys(("stop", "bad_words"), "texts"),
+    "tool_choice": "any",
     **dict.fromkeys(
         (
-            "stop_token_ids", "allowed_token_ids", "logit_bias", "tools", "tool_choice", "response_format", "metadata",
+            "stop_token_ids", "allowed_token_ids", "logit_bias", "tools", "response_format", "metadata",
             "chat_template_kwargs", "structured_outputs", "documents", "vllm_xargs", "mm_processor_kwargs",
         ),
         "json",
@@ -104,7 +105,7 @@ def check_name(name: str) -> None:
 def parsed(name: str, value: object) -> Any:
     """A value, or the text of one, as the parameter's kind. Raises WrongValue."""
     kind = _KINDS.get(name)
-    result = _PARSERS[kind](value) if kind else _lenient(value)
+    result = _PARSERS[kind or "any"](value)
     least = _AT_LEAST.get(name)
     if least is not None and result < least:
         raise WrongValue(f"must be at least {least}")
@@ -198,8 +199,6 @@ def _structure(value: object) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        if re.fullmatch(r"[a-z]+", value):  # tool_choice=auto
-            return value
         raise WrongValue("must be JSON") from None
 
 
@@ -222,4 +221,5 @@ _PARSERS: dict[Kind, Callable[[object], Any]] = {
     "text": _text,
     "texts": _texts,
     "json": _structure,
+    "any": _lenient,
 }

@@ -146,7 +146,7 @@ class Source:
 
     def _look_at_headers(self) -> None:
         for file in self.files:
-            stream = file.open(None if file.rereadable else self._mover())
+            stream = file.open(peek=True) if file.rereadable else file.open(self._mover())
             try:
                 table = open_table(file, stream, self._csv.charset, DELIMITERS[self.format])
             finally:

@@ -98,12 +98,13 @@ class Location:
     def _beside(self, path: str) -> Location:
         return Location(path if self.remote is None else self.remote.unstrip_protocol(path), path, self.remote)
 
-    def open(self) -> BinaryIO:
-        """Its bytes. Remote files can be sought in."""
+    def open(self, block: int = BLOCK) -> BinaryIO:
+        """Its bytes. Of a remote file `block` bytes more than were asked for are fetched at a time; 0: no more."""
         with reading(self.name):
             if self.remote is None:
                 return Path(self.path).open("rb")
-            return cast(BinaryIO, self.remote.open(self.path, "rb", block_size=BLOCK, cache_type="readahead"))
+            how = {"block_size": block, "cache_type": "readahead"} if block else {"cache_type": "none"}
+            return cast(BinaryIO, self.remote.open(self.path, "rb", **how))
 
     def create(self) -> IO[bytes]:
         """For writing, from nothing. A remote file appears as a whole when it is closed."""

@@ -24,7 +24,10 @@ RAW: Final = "_raw"
 ROWS, BYTES = 1024, 8 << 20
 """The most that a batch holds."""
 _DEEPEST = 200
-_LOCAL_BUFFER, _REMOTE_BUFFER = 1 << 20, 8 << 20
+_COLUMN_BUFFERS = 32 << 20
+_SMALLEST_BUFFER, _LOCAL_BUFFER, _REMOTE_BUFFER = 64 << 10, 1 << 20, 8 << 20
+_PROBED = 64
+"""Rows by which the size of a Parquet row is estimated."""
 
 
 @contextlib.contextmanager
@@ -131,17 +134,21 @@ class ParquetInput:
         assert file.location is not None  # find_inputs refuses Parquet from standard input
         self._name = file.name
         remote = file.location.remote is not None
-        # Buffered, else each column of a row group is read as a whole, and a file may be one row group.
-        buffer = _REMOTE_BUFFER if remote else _LOCAL_BUFFER
         with reading(self._name):
-            self._stream = file.location.open() if remote else None
-            self._file = pq.ParquetFile(self._stream or file.location.path, buffer_size=buffer, pre_buffer=False)
+            self._stream = file.location.open(block=0) if remote else None
+            where = self._stream or file.location.path
+            metadata = pq.read_metadata(where)
+            # Buffered, else each column of a row group is read as a whole, and a file may be one row group.
+            largest = _REMOTE_BUFFER if remote else _LOCAL_BUFFER
+            buffer = min(largest, max(_SMALLEST_BUFFER, _COLUMN_BUFFERS // max(1, metadata.num_columns)))
+            self._file = pq.ParquetFile(where, metadata=metadata, buffer_size=buffer, pre_buffer=False)
             self.schema: Any = self._file.schema_arrow
-            self.rows = int(self._file.metadata.num_rows)
-            metadata = self._file.metadata
-            groups = [metadata.row_group(at).total_byte_size for at in range(metadata.num_row_groups)]
-        self.row_bytes = sum(groups) / self.rows if self.rows else 0.0
-        """What a row takes when it is not compressed, on average."""
+            self.rows = int(metadata.num_rows)
+            stored = sum(metadata.row_group(at).total_byte_size for at in range(metadata.num_row_groups))
+            # What is the same in many rows is stored once: look at some as they will be in memory.
+            probe = next(self._file.iter_batches(batch_size=_PROBED), None) if self.rows else None
+        self.row_bytes = max(stored / self.rows, _bytes(probe) / probe.num_rows) if probe is not None else 0.0
+        """What a row takes in memory, about."""
 
     def read(self, columns: list[str]) -> Iterator[RawRow]:
         size = max(1, min(ROWS, int(BYTES / (self.row_bytes or 1))))
@@ -154,7 +161,7 @@ class ParquetInput:
                 return
             if batch.schema.names != columns:
                 batch = batch.select(columns)
-            share = batch.nbytes // max(1, batch.num_rows)
+            share = _bytes(batch) // max(1, batch.num_rows)
             for place in range(batch.num_rows):
                 line += 1
                 yield line, ArrowRow(batch, place), None, share
@@ -163,6 +170,11 @@ class ParquetInput:
         self._file.close()
         if self._stream is not None:
             self._stream.close()
+
+
+def _bytes(batch: Any) -> int:
+    """What a batch takes, but for dictionaries: they are shared by all batches."""
+    return sum((getattr(column, "indices", column)).nbytes for column in batch.columns)
 
 
 class RequestIds:

@@ -81,6 +81,9 @@ class ArrowRow(Mapping[str, object]):
             raise KeyError(name)
         return _python(self.batch.column(at)[self.place])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.batch.schema.names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.batch.schema.names)
 

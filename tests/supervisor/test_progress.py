@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from vllm_dropin.gateway.state import Phase
@@ -54,3 +56,12 @@ def test_the_last_line_stands_in_for_an_error():
     assert cause.line() == "the engine said nothing"
     cause.read("INFO 11-23 12:00:00 [x.py:1] going down")
     assert cause.line() == "going down"
+
+
+def test_a_long_line_costs_no_time():
+    """The engine may print a whole prompt, and the supervisor's loop waits for this."""
+    cause = Cause()
+    begin = time.monotonic()
+    for _ in range(20):
+        cause.read("a " * 8192)
+    assert time.monotonic() - begin < 0.5

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vllm_dropin.engine.command import EngineCommand
@@ -18,6 +19,7 @@ from vllm_dropin.supervisor.probe import Probe
 from vllm_dropin.supervisor.process import GuardedProcess
 from vllm_dropin.supervisor.progress import Cause, read_progress
 from vllm_dropin.supervisor.restarts import RestartBudget
+from vllm_dropin.supervisor.stacks import with_faulthandler, write_stacks
 
 log = get("engine")
 engine_log = get("vllm")
@@ -25,6 +27,7 @@ engine_log = get("vllm")
 START_ATTEMPTS = 2
 """Starts that may fail before the engine was ever ready. The second is for what passes (GPU memory that a dying
 process still holds); a third would only hide a wrong configuration."""
+DEAD = "it reports itself dead"
 START_POLL, WATCH_POLL = 0.2, 0.5
 """Seconds between health checks: readiness is seen, and unreadiness shown, within a second."""
 
@@ -99,7 +102,7 @@ class EngineKeeper:
         if not self._ever_ready:
             self._board.enter(Phase.LOADING, "engine starting")
         process = await GuardedProcess.start(
-            self._site.command.argv, self._site.command.env, self._site.cwd, self._on_line
+            self._site.command.argv, with_faulthandler(self._site.command.env), self._site.cwd, self._on_line
         )
         self._process = process
         self._state.generation += 1
@@ -121,6 +124,8 @@ class EngineKeeper:
                 reason = sickness or "it was not ready in time"
                 log.error("the engine is killed: %s", reason)
                 self._leave_ready(reason)
+                if sickness != DEAD:
+                    await write_stacks(process)
                 await process.kill()
                 return reason, ready_for
             status = end.result()
@@ -154,13 +159,17 @@ class EngineKeeper:
         others outages.
         """
         clock = asyncio.get_running_loop().time
-        watch = HangWatch(self._hang_timeout, self._state, self._site.probe.counters) if self._hang_timeout else None
+        watch: HangWatch | None = None
+        if self._hang_timeout:
+            # A look that hangs itself must end well before the verdict is due.
+            counters = partial(self._site.probe.counters, timeout=self._hang_timeout / 8)
+            watch = HangWatch(self._hang_timeout, self._state, counters)
         while not end.done():
             if watch is not None and await watch.hangs(clock()):
                 return f"nothing has moved in it for {self._hang_timeout:g} s while requests wait for it"
             if await self._site.probe.health() == 503:
                 await asyncio.wait({end}, timeout=0.5)  # its own exit tells more than our kill
-                return "it reports itself dead"
+                return DEAD
             await asyncio.wait({end}, timeout=WATCH_POLL)
         return ""
 

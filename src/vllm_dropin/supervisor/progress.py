@@ -32,6 +32,9 @@ _STEPS: tuple[tuple[str, Phase | None, str], ...] = (
     ("init engine (", None, "engine core ready"),
     ("Application startup complete", None, "HTTP front end ready"),
 )
+_TELLING = 1000
+"""Characters of a line that are looked at: the search takes the square of a line's length, and an engine may print
+whole prompts."""
 _FATAL = re.compile(
     r"(?:^|\s)((?:[A-Za-z_]+\.)*[A-Z][A-Za-z]*(?:Error|Exception|Interrupt)\b: .+|.*\berror: .+|Killed)"
 )
@@ -56,6 +59,7 @@ class Cause:
         self._last = ""
 
     def read(self, line: str) -> None:
+        line = line[:_TELLING]
         text = re.sub(r"^(\([^)]*\) )?((ERROR|INFO|WARNING) \S+ \S+ (\[[^]]*\] )?)?", "", line).strip()
         if not text:
             return

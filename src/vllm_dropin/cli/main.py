@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from vllm_dropin import __version__
 from vllm_dropin.cli.options import split_engine_args
@@ -19,6 +20,7 @@ COMMANDS = {
     "serve": "serve a model folder over HTTP",
     "score": "answer every row of a file",
     "check": "say what serve would do with a folder, and what is wrong with it",
+    "upgrade-check": "say which flags of a folder another vLLM would not take as they are",
 }
 _INTERRUPTED = 130
 
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(words)
     args.engine_args = engine_args
     try:
-        code: int = importlib.import_module(f"vllm_dropin.cli.{args.command}").run(args)
+        code: int = _module(args.command).run(args)
         sys.stdout.flush()
         return code
     except DropinError as error:
@@ -55,11 +57,15 @@ def _parse(words: list[str]) -> argparse.Namespace:
         description = meaning[0].upper() + meaning[1:] + "."
         command = commands.add_parser(name, help=meaning, description=description, allow_abbrev=False)
         if name in words[:1]:
-            importlib.import_module(f"vllm_dropin.cli.{name}").add_arguments(command)
+            _module(name).add_arguments(command)
     args, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (flags of vLLM go after a bare --)")
     return args
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"vllm_dropin.cli.{command.replace('-', '_')}")
 
 
 def _explain(error: DropinError) -> None:

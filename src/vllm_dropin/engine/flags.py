@@ -54,7 +54,7 @@ class FlagTable:
                 "Use one of these versions, or give the service a state folder to keep a table in.",
             )
         table = _shipped(known)
-        if _release(known) == _release(version):
+        if release(known) == release(version):
             return table
         return replace(table, note=f"the flags of vLLM {version} are checked against those of {known}")
 
@@ -81,9 +81,9 @@ class FlagTable:
         """What is known of an option that this version lacks: a near name here, or another version that has it."""
         told = []
         others = [known for known in shipped_versions() if option in _shipped(known)._options]
-        older = [known for known in others if _release(known) < _release(self.version)]
+        older = [known for known in others if release(known) < release(self.version)]
         if older:
-            gone = (known for known in shipped_versions() if _release(known) > _release(older[-1]))
+            gone = (known for known in shipped_versions() if release(known) > release(older[-1]))
             told.append(f"vLLM {_minor(next(gone, self.version))} removed it")
         elif others:
             told.append(f"vLLM {_minor(others[0])} introduced it and this is {self.version}")
@@ -98,7 +98,7 @@ class FlagTable:
 def shipped_versions() -> tuple[str, ...]:
     """The versions whose flags are shipped, oldest first."""
     names = (entry.name for entry in _DUMPS.iterdir())
-    return tuple(sorted((name.removesuffix(".json") for name in names if name.endswith(".json")), key=_release))
+    return tuple(sorted((name.removesuffix(".json") for name in names if name.endswith(".json")), key=release))
 
 
 def load_table(
@@ -188,11 +188,11 @@ def _spec(action: dict[str, Any]) -> FlagSpec:
     return FlagSpec(**{**action, **lists})
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """`0.32.1.post2+cpu` as (0, 32, 1)."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in found[0].split(".")[:3]) if found else ()
 
 
 def _minor(version: str) -> str:
-    return ".".join(str(part) for part in _release(version)[:2])
+    return ".".join(str(part) for part in release(version)[:2])

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import incumbent, latency, memory, report, rows, startup, streams
+from benchmarks import incumbent, latency, memory, report, rows, score, startup, streams
 from benchmarks.service import Bench
 
 ROOT = Path(__file__).parent.parent
 # Memory is last: its peak is that of the whole run.
 BENCHMARKS: dict[str, Callable[[Bench], list[report.Figure]]] = {
-    module.NAME: module.measure for module in (startup, latency, streams, rows, incumbent, memory)
+    module.NAME: module.measure for module in (startup, latency, streams, rows, incumbent, score, memory)
 }
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from vllm_dropin.batch.order import arrange
+from vllm_dropin.batch.order import arrange, shared_by_all
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,30 @@ def switches(sent: list[Row]) -> int:
     return sum(first.prompt[0] != second.prompt[0] for first, second in pairwise(sent))
 
 
-@pytest.mark.parametrize(("order", "expected"), [("input", 14), ("prefix", 2), ("auto", 2)])
+@pytest.mark.parametrize(("order", "expected"), [("input", 14), ("prefix", 5), ("auto", 5)])
 def test_rows_that_share_a_beginning_are_put_together(order, expected):
     sent = arrange(MIXED, order, last=False)
     assert switches(sent) == expected
     assert sorted(row.prompt for row in sent) == sorted(row.prompt for row in MIXED)
+
+
+def test_the_first_rows_of_a_few_groups_go_ahead():
+    """What they begin with is then in the engine's cache when the others come."""
+    documents = ["".join(f"{name}{place} " for place in range(200)) for name in range(40)]
+    header = "One header above all of them. " * 20
+    window = rows(*(f"{header}{document} question {number}" for number in range(3) for document in documents))
+    sent = [(row.prompt[len(header) :].split()[0], row.prompt[-1]) for row in arrange(window, "auto", last=False)]
+    names = sorted({name for name, _ in sent})
+    assert [name for name, _ in sent[:16]] == names[:16]
+    assert [name for name, _ in sent[16:20]] == [names[0], names[0], names[1], names[1]]
+    assert [name for name, _ in sent[48:64]] == names[16:32]
+    assert len(set(sent)) == len(sent) == len(window)
+
+
+def test_what_all_rows_begin_with():
+    assert shared_by_all(rows("abcd", "abzz", "abc")) == 2
+    assert shared_by_all(rows("same", "same")) == 4
+    assert shared_by_all([]) == 0
 
 
 def test_auto_leaves_rows_alone_that_share_nothing():

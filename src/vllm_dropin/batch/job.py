@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from vllm_dropin.batch.journal import Tally
-from vllm_dropin.batch.order import WINDOW_BYTES, WINDOW_ROWS, Order, arrange
+from vllm_dropin.batch.order import WINDOW_BYTES, WINDOW_ROWS, Order, arrange, shared_by_all
 from vllm_dropin.batch.pace import FIRST, Load, Pace, keep_pace
 from vllm_dropin.batch.progress import Position, Progress
 from vllm_dropin.batch.records import Record, Source
@@ -20,11 +21,13 @@ from vllm_dropin.errors import EngineAwayError, FailedRowsError
 from vllm_dropin.scoring.gate import Gate
 from vllm_dropin.scoring.results import Fault, RowResult
 from vllm_dropin.scoring.rows import Row
-from vllm_dropin.scoring.scorer import Scorer
+from vllm_dropin.scoring.scorer import EngineLost, Scorer
 
 SYNC_EVERY = 1.0
 """Seconds: what a power cut may cost. A killed process loses no finished row."""
 _TICK = 0.1
+_WARM_FROM = 1024
+"""Characters at the beginning of all rows from which on the engine is given them beforehand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +143,9 @@ class Job:
                     )
                 self._sink.add(result)
                 if result.fault is not None and limit.passed(self._sink.tally):
-                    raise self._too_many(result)
+                    raise too_many(self._sink.tally, result)
         if limit.passed(self._sink.tally, final=True):
-            raise self._too_many(None)
-
-    def _too_many(self, result: RowResult | None) -> FailedRowsError:
-        tally = self._sink.tally
-        last = f"; the last one, row {result.index}: {result.error}" if result else ""
-        return FailedRowsError(
-            f"{tally.failed} of {tally.rows} rows failed, more than --max-errors allows{last}",
-            "Every answer is kept: the same command with a larger --max-errors goes on.",
-        )
+            raise too_many(self._sink.tally, None)
 
     async def _questions(self) -> AsyncIterator[Question]:
         """The rows to ask, window after window; the next window is read while this one is sent."""
@@ -162,12 +157,26 @@ class Job:
                 window, last = await following
                 if not last:
                     following = asyncio.create_task(self._window())
+                if not self._sent:
+                    await self._warm(window)
                 for question in window:
                     self._sent += 1
                     yield question
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
+
+    async def _warm(self, window: Sequence[Question]) -> None:
+        """Let the engine compute a long beginning that all rows share, once, before the first of them are sent.
+
+        Rows that it takes up in the same step would each compute it.
+        """
+        if len(window) < 2 or self._composer.instruction + shared_by_all(window) < _WARM_FROM:
+            return
+        body = {**json.loads(window[0].body), "max_tokens": 1, "n": 1}
+        body.pop("max_completion_tokens", None)
+        with contextlib.suppress(EngineLost):  # the rows themselves find out
+            await self._server.chat(json.dumps(body).encode("ascii"))
 
     async def _window(self) -> tuple[list[Question], bool]:
         while self._sink.crowded:  # noqa: ASYNC110 (the sink is no coroutine's to signal)
@@ -210,3 +219,12 @@ class Job:
             if clock() - synced >= SYNC_EVERY:
                 await asyncio.to_thread(self._sink.sync)
                 synced = clock()
+
+
+def too_many(tally: Tally, result: RowResult | None) -> FailedRowsError:
+    """More rows have failed than was allowed; `result` is the one that was too many."""
+    last = f"; the last one, row {result.index}: {result.error}" if result else ""
+    return FailedRowsError(
+        f"{tally.failed} of {tally.rows} rows failed, more than --max-errors allows{last}",
+        "Every answer is kept: the same command with a larger --max-errors goes on.",
+    )

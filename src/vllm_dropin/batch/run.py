@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 from urllib.parse import urlsplit
 
+import uvloop
+
 from vllm_dropin import logging
 from vllm_dropin.batch.inputs import find_inputs
 from vllm_dropin.batch.job import Job, JobOptions
@@ -51,17 +53,17 @@ T = TypeVar("T")
 
 def score(request: ScoreRequest, flags: Flags, environ: Mapping[str, str], messages: TextIO) -> int:
     """Score, with progress and what else is to be said on `messages`. Returns the exit code; raises DropinError."""
-    settings = _settings(request, flags, environ)
+    settings = read_settings(request, flags, environ)
     logging.setup(_level(settings))
     logging.REDACTOR.learn(settings.secrets())
     log = logging.get("settings")
     for warning in settings.warnings:
         log.warning("%s", warning)
-    return asyncio.run(_until_signal(request, settings, messages))
+    return uvloop.run(_until_signal(_Run(request, settings, messages, flags, environ)))
 
 
-async def _until_signal(request: ScoreRequest, settings: Settings, messages: TextIO) -> int:
-    work = asyncio.ensure_future(_Run(request, settings, messages).run())
+async def _until_signal(run: _Run) -> int:
+    work = asyncio.ensure_future(run.run())
     came: list[int] = []
 
     def stop(number: int) -> None:
@@ -82,10 +84,23 @@ async def _until_signal(request: ScoreRequest, settings: Settings, messages: Tex
 class _Run:
     """What one command holds between its steps."""
 
-    def __init__(self, request: ScoreRequest, settings: Settings, messages: TextIO) -> None:
+    def __init__(
+        self,
+        request: ScoreRequest,
+        settings: Settings,
+        messages: TextIO,
+        flags: Flags,
+        environ: Mapping[str, str],
+    ) -> None:
         self._request = request
         self._settings = settings
         self._messages = messages
+        self._flags = flags
+        self._environ = environ
+        if request.ray is not None:
+            from vllm_dropin.batch.ray_cluster import require_ray
+
+            require_ray()
         self._source = Source(find_inputs(request.inputs, request.format), CsvOptions(request.charset))
         self._options = _request_options(request)
         composer = self._composer(None, None)
@@ -106,6 +121,10 @@ class _Run:
 
     async def run(self) -> None:
         if self._output is None or not self._source.rereadable:
+            if self._request.ray is not None:
+                raise ConfigurationError(
+                    "--ray needs files", "Save the input to a file, and name a file for the output."
+                )
             await self._stream()
         else:
             await self._with_journal(self._output)
@@ -144,7 +163,9 @@ class _Run:
             rows = await _in_thread(lambda stopped: self._rows_if_all_answered(journal, stopped))
             restarts = 0
             try:
-                if rows is None:
+                if rows is None and request.ray is not None:
+                    rows, restarts = await self._on_ray(journal, progress)
+                elif rows is None:
                     async with self._serving(progress, folder) as server:
                         job = self._job(journal, server, progress)
                         await job.run()
@@ -156,6 +177,13 @@ class _Run:
                 raise
             journal.remove()
         self._finish(progress, restarts)
+
+    async def _on_ray(self, journal: Journal, progress: Progress) -> tuple[int, int]:
+        from vllm_dropin.batch.ray_run import RayWork, score_on_ray
+
+        keep_reply = self._plan.format == "openai-batch"
+        work = RayWork(self._request, self._flags, self._environ, self._settings, self._options, keep_reply)
+        return await score_on_ray(work, self._source, journal, progress)
 
     def _fingerprint(self) -> dict[str, object]:
         return {
@@ -227,7 +255,7 @@ class _Run:
             print(json.dumps(asdict(summary)), file=self._messages if self._output is None else sys.stdout, flush=True)
 
 
-def _settings(request: ScoreRequest, flags: Flags, environ: Mapping[str, str]) -> Settings:
+def read_settings(request: ScoreRequest, flags: Flags, environ: Mapping[str, str]) -> Settings:
     """The folder's settings, or those of a server at a URL, whose key comes from the environment."""
     if request.url is None:
         return load(flags, environ)

@@ -18,6 +18,9 @@ from vllm_dropin.gateway.state import SharedState, Slot
 
 SPOOL_ABOVE = 8 << 20  # bytes; larger bodies wait on disk (decision 7)
 SPOOL_PIECE = 64 << 10
+# bytes; a thread that goes through a file lets go of the interpreter at each read and has it back before the event loop
+# wakes: with the usual 8 KiB the loop stood still for a second, with this it waits 15 ms at most
+SPOOL_BUFFER = 1 << 20
 BODY_GRACE = 30.0  # seconds before a body's pace counts
 BODY_PACE = 16 << 10  # bytes a second that a body must keep up after that, else 408
 QUEUE_POLL = 0.02  # seconds; a place freed by another worker is only seen by looking
@@ -66,7 +69,7 @@ class Body:
             return
         if self._spool is None:
             # Not a context manager: the file lives as long as the body, until `close`.
-            self._spool = tempfile.TemporaryFile()  # noqa: SIM115
+            self._spool = tempfile.TemporaryFile(buffering=SPOOL_BUFFER)  # noqa: SIM115
             self._spool.writelines(self._parts)
             self._parts.clear()
         self._spool.write(chunk)

@@ -28,7 +28,8 @@ _log = logging.get("predictions")
 
 NAMED_ROWS = 10  # failed rows that a message names
 _THREAD_ABOVE = 256 << 10  # bytes; parsing more than this would hold up every stream of this worker
-# bytes; reading a file lets other threads run, reading from memory does not, and a cell may have millions of lines
+# bytes; reading a file lets other threads run now and then, reading from memory does not, and a cell may have millions
+# of lines
 _SPOOL_ABOVE = 1 << 20
 _BATCH_ROWS = 64
 _PLACE_POLL = 0.01  # seconds; a place freed by another worker is only seen by looking

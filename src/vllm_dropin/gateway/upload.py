@@ -12,6 +12,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from vllm_dropin.gateway.errors import HttpError
+from vllm_dropin.gateway.limits import SPOOL_BUFFER
 
 # Its complaints go to the client, as a 422; in the log they would be lines of nobody.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
@@ -61,7 +62,8 @@ def _charset(options: Mapping[bytes, bytes]) -> str | None:
 
 
 def _from_form(body: IO[bytes], boundary: bytes, spool_above: int) -> Upload:
-    form = _Form(tempfile.SpooledTemporaryFile(max_size=spool_above))  # noqa: SIM115 (handed on, or closed below)
+    # Handed on, or closed below.
+    form = _Form(tempfile.SpooledTemporaryFile(max_size=spool_above, buffering=SPOOL_BUFFER))  # noqa: SIM115
     try:
         parser = MultipartParser(
             boundary,

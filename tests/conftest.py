@@ -149,8 +149,9 @@ class GatewayProcess:
         """A new engine after a crash, as the supervisor would."""
         self.state.phase = Phase.RESTARTING
         self.engine.stop()
+        self.state.generation += 1  # before the next engine can be asked
         self.engine.start()
-        self.ready()
+        self.state.phase = Phase.READY
 
     def replace_worker(self, slot: int) -> None:
         """A new worker for a dead one, as the supervisor would."""

@@ -173,11 +173,16 @@ class Service:
         return Launch(**json.loads(path.read_text()))
 
     def engine_requests(self, containing: str = "") -> list[dict[str, Any]]:
-        """What the stub engine was asked, oldest first, restricted to bodies that contain a text."""
+        """What the stub engine was asked and has ended, oldest first, restricted to bodies that contain a text."""
         assert self.engine and self.engine.record
         path = self.engine.record / "requests.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return [entry for entry in map(json.loads, lines) if containing in entry["body"]]
+
+    def asked(self, containing: str) -> list[dict[str, Any]]:
+        """The same once there is one: the stub notes a request after it has answered it."""
+        found: list[dict[str, Any]] = self.wait_for(lambda: self.engine_requests(containing), 2, "engine not asked")
+        return found
 
     def processes(self) -> list[int]:
         """Every live process of this service, wherever it was re-parented to.

@@ -81,7 +81,7 @@ def test_other_names_pass_through(controlled: Service) -> None:
     """3: any other model name reaches the engine as it is."""
     with controlled.client() as client:
         client.post("/chat/completions", json=chat("pass my name", model="somebody-else"))
-    assert json.loads(controlled.engine_requests("pass my name")[-1]["body"])["model"] == "somebody-else"
+    assert json.loads(controlled.asked("pass my name")[-1]["body"])["model"] == "somebody-else"
 
 
 def test_unknown_model(service: Service) -> None:
@@ -144,7 +144,7 @@ def test_unknown_fields_reach_the_engine(controlled: Service) -> None:
     fields = {"top_k": 3, "min_tokens": 1, "a_field_of_mine": {"x": [1]}}
     with controlled.client() as client:
         client.post("/chat/completions", json=chat("unknown fields", **fields))
-    asked = json.loads(controlled.engine_requests("unknown fields")[-1]["body"])
+    asked = json.loads(controlled.asked("unknown fields")[-1]["body"])
     assert {name: asked.get(name) for name in fields} == fields
 
 
@@ -167,9 +167,9 @@ def test_defaults_of_the_folder(launch: Start) -> None:
     with service.client() as client:
         client.post("/chat/completions", json={"messages": [{"role": "user", "content": "bare chat"}]})
         client.post("/chat/completions", json={**own, "max_tokens": 3, "temperature": 1})
-    bare = json.loads(service.engine_requests("bare chat")[-1]["body"])
+    bare = json.loads(service.asked("bare chat")[-1]["body"])
     assert bare["messages"][0] == {"role": "system", "content": "Be brief."}
     assert (bare["max_tokens"], bare["temperature"]) == (7, 0)
-    kept = json.loads(service.engine_requests("own words")[-1]["body"])
+    kept = json.loads(service.asked("own words")[-1]["body"])
     assert kept["messages"] == own["messages"]
     assert (kept["max_tokens"], kept["temperature"]) == (3, 1)

@@ -230,7 +230,7 @@ def test_temperature_zero(launch: Start) -> None:
     service = launch(ready=True, parameters={"temperature": ("numeric", 0)})
     with service.client() as client:
         client.post("/predict/", content=b"promptText\ncold\n")
-    assert '"temperature":0' in service.engine_requests("cold")[-1]["body"].replace(" ", "")
+    assert '"temperature":0' in service.asked("cold")[-1]["body"].replace(" ", "")
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "n", "temperature", "max_model_len"])

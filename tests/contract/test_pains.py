@@ -144,7 +144,7 @@ def test_engine_errors_are_not_repeated(controlled: Service, status: int) -> Non
     """6: a chat that the engine fails is sent to it once."""
     prompt = f"not repeated [[status {status}]]"
     assert chat_of(controlled, prompt).status_code >= 500
-    assert len(controlled.engine_requests(prompt)) == 1
+    assert len(controlled.asked(prompt)) == 1
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_client_arguments_in_a_request(controlled: Service, fields: dict[str, An
     """6: extra_body, extra_query, extra_headers and timeout in a request are forwarded as fields, without effect."""
     prompt = f"fields like others {next(iter(fields))} [[sleep 0.6]]"
     assert chat_of(controlled, prompt, **fields).status_code == 200
-    seen = controlled.engine_requests(prompt)
+    seen = controlled.asked(prompt)
     assert len(seen) == 1
     body = json.loads(seen[0]["body"])
     assert {name: body.get(name) for name in fields} == fields
@@ -214,8 +214,7 @@ def test_leaving_client_ends_the_generation(controlled: Service, stream: bool) -
     """6: when a chat's client leaves, the engine stops working for it within two seconds."""
     prompt = f"leaving {stream} [[sleep 8]]"
     leave(controlled, "/chat/completions", json.dumps(chat(prompt, stream=stream)).encode(), 1)
-    controlled.wait_for(lambda: controlled.engine_requests(prompt), 2, "the engine was not told")
-    assert [seen["outcome"] for seen in controlled.engine_requests(prompt)] == ["aborted"]
+    assert [seen["outcome"] for seen in controlled.asked(prompt)] == ["aborted"], "within two seconds"
 
 
 def test_leaving_client_ends_its_rows(launch: Start) -> None:

@@ -131,7 +131,7 @@ def test_parameters_shape_the_rows(launch: Start) -> None:
     )
     with service.client() as client:
         predictions(client.post("/predict/", content=b"question,promptText\nright,wrong\n"))
-    asked = json.loads(service.engine_requests("Be brief.")[-1]["body"])
+    asked = json.loads(service.asked("Be brief.")[-1]["body"])
     assert asked["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "right"},
@@ -147,7 +147,7 @@ def test_values_file(launch: Start, tmp_path: Path) -> None:
     service = launch(ready=True, environ={"RUNTIME_PARAMS_FILE": str(values)}, metadata=definitions)
     with service.client() as client:
         predictions(client.post("/predict/", content=b"promptText\nHello\n"))
-    assert service.engine_requests("From a file.")
+    assert service.asked("From a file.")
 
 
 def test_deployment_config(launch: Start, tmp_path: Path) -> None:

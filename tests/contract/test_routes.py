@@ -139,7 +139,7 @@ def test_direct_access_keeps_query_and_body(controlled: Service, prefix: str) ->
     with controlled.client() as client:
         answer = client.post(f"{prefix}/tokenize?a=1&b=%20", content=body, headers={"Content-Type": "application/json"})
     assert answer.json()["count"] == 2
-    seen = controlled.engine_requests("direct access")[-1]
+    seen = controlled.asked("direct access")[-1]
     assert re.fullmatch(r"/tokenize\?a=1&b=(%20|\+)", seen["target"])
     assert (seen["body"], seen["headers"]["content-type"]) == (body.decode(), "application/json")
 
@@ -148,7 +148,7 @@ def test_direct_access_by_put(controlled: Service) -> None:
     """3: /directAccess passes PUT."""
     with controlled.client() as client:
         client.put("/directAccess/v1/models", content=b"put by direct access")
-    assert [seen["method"] for seen in controlled.engine_requests("put by direct access")] == ["PUT"]
+    assert [seen["method"] for seen in controlled.asked("put by direct access")] == ["PUT"]
 
 
 @pytest.mark.parametrize("path", ["/pause", "/collective_rpc", "/update_weights", "/scale_elastic_ep"])

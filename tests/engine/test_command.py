@@ -81,3 +81,12 @@ def test_state_and_offline_mode() -> None:
     assert command.env["VLLM_CACHE_ROOT"] == "/state/vllm"
     assert command.env["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in build(plan(), SOCKET).env
+
+
+@pytest.mark.parametrize("tokens", [("--load-format", "dummy"), ("--load_format=dummy",)])
+def test_dummy_weights_are_not_looked_for(tmp_path: Path, tokens: tuple[str, ...]) -> None:
+    local = replace(plan(), model=ModelChoice(str(tmp_path), "test", tmp_path))
+    assert local.weights == tmp_path
+    assert replace(local, flags=(PlannedFlag("load_format", tokens, "test"),)).weights is None
+    assert replace(local, flags=(PlannedFlag("load_format", ("--load-format", "auto"), "test"),)).weights == tmp_path
+    assert plan().weights is None

@@ -39,8 +39,7 @@ def make(flags: Flags, environ: Mapping[str, str]) -> Report:
     warnings, weights, error = list(settings.warnings), None, None
     command = None
     if settings.engine is not None:
-        folder = settings.engine.model.local
-        if folder is not None and folder.is_dir():
+        if (folder := settings.engine.weights) is not None:
             try:
                 weights = check_weights(folder)
                 warnings += weights.warnings

@@ -70,6 +70,14 @@ class EnginePlan:
     tcp: tuple[str, int] | None = None
     """A loopback address instead of a unix socket (OPENAI_PORT, decision 14)."""
 
+    @property
+    def weights(self) -> Path | None:
+        """The folder whose weights the engine will read, where it is on this machine; none with dummy weights."""
+        load_format = self.last("load_format")
+        dummy = load_format is not None and load_format.tokens[-1].rpartition("=")[2] == "dummy"
+        folder = self.model.local
+        return folder if folder is not None and folder.is_dir() and not dummy else None
+
     def last(self, dest: str) -> PlannedFlag | None:
         """The use of a flag that counts."""
         return next((flag for flag in reversed(self.flags) if flag.dest == dest), None)

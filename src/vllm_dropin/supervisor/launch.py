@@ -50,8 +50,8 @@ class Launch:
             settings = await self._download(settings, settings.engine, settings.engine.model.hub_id)
         plan = settings.engine
         assert plan is not None  # an upstream is not launched
-        if plan.model.local is not None and plan.model.local.is_dir():
-            report = await asyncio.to_thread(check_weights, plan.model.local)
+        if (weights := plan.weights) is not None:
+            report = await asyncio.to_thread(check_weights, weights)
             for warning in report.warnings:
                 log.warning("%s", warning)
         self._reporter.stage(stages, stages, "Launching the engine")

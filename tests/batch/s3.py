@@ -12,8 +12,8 @@ import urllib.request
 class S3Server:
     """moto's S3 on a port of 127.0.0.1."""
 
-    def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
+    def __init__(self, port: int = 0) -> None:
+        with socket.create_server(("127.0.0.1", port)) as probe:
             self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         argv = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]

@@ -20,7 +20,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import IO
+from typing import IO, cast
 
 from vllm_dropin.errors import EncodingError, TableError
 
@@ -108,7 +108,9 @@ class Table:
         start = file.read(4)
         self._encoding = _encoding(start, charset)
         self._bytes = _Counted(file, start)
-        self._lines = _Lines(io.TextIOWrapper(self._bytes, encoding=self._encoding, newline=""))
+        # A cast: typeshed wants a name of it, which the wrapper can do without.
+        text = io.TextIOWrapper(cast(IO[bytes], self._bytes), encoding=self._encoding, newline="")
+        self._lines = _Lines(text)
         with self._named_errors():
             self._reader = csv.reader(self._lines, delimiter=delimiter)
             self.header = next(filter(None, self._reader), [])

@@ -22,7 +22,7 @@ def gateway_config(settings: Settings, runtime: RuntimeFolder) -> GatewayConfig:
         engine_uds=None if engine_url else str(runtime.engine_socket),
         engine_url=engine_url,
         engine_key=settings.upstream_key.reveal() if settings.upstream_key else None,
-        served_model=None if upstream else names[0],
+        served_model=names[0] if names else None,
         model_aliases=(*names, CONTRACT_MODEL),
         generation=generation_defaults(settings.generation),
         chat_defaults=settings.generation.chat_defaults,
@@ -42,6 +42,7 @@ def gateway_config(settings: Settings, runtime: RuntimeFolder) -> GatewayConfig:
             json_body=settings.limits.json_body,
             row_body=settings.limits.row_body,
             request_timeout=settings.limits.request_timeout,
+            direct_timeout=settings.limits.direct_access_timeout,
         ),
         settings=tuple(
             SettingReport(

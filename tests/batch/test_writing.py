@@ -377,7 +377,7 @@ def test_compressed_output_can_be_read_back(tmp_path: Path, ending: str) -> None
 def test_row_groups_end_where_the_rows_say(tmp_path: Path) -> None:
     rows = source(tmp_path / "a.csv", "x\n" + ("a" * (1 << 20) + "\n") * 40)
     groups = pq.ParquetFile(io.BytesIO(write(rows, tmp_path / "o.parquet"))).metadata.num_row_groups
-    assert groups == 2
+    assert groups == 3
 
 
 def test_an_output_without_rows_has_its_columns(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from vllm_dropin.batch.storage import writing
 from vllm_dropin.batch.values import ArrowRow, as_text, mended
 from vllm_dropin.batch.writing import Pair, added_values
 
-GROUP_ROWS, GROUP_BYTES = 1 << 16, 32 << 20
+GROUP_ROWS, GROUP_BYTES = 1 << 15, 16 << 20
 """The most that a row group holds: what is in memory at a time."""
 _STEP: Final = 1024
 _TYPES: dict[FieldType, Any] = {

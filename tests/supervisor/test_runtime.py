@@ -1,3 +1,4 @@
+import fcntl
 import os
 import socket
 import stat
@@ -49,3 +50,15 @@ def test_the_socket_listens_alone():
         assert public.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) == 0
         with socket.create_connection(public.getsockname(), timeout=5):
             pass
+
+
+def test_a_cleaner_of_old_files_sees_that_the_folder_is_in_use(tmp_path):
+    folder = RuntimeFolder.create(tmp_path)
+    descriptor = os.open(folder.path, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.remove()
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)

@@ -228,7 +228,7 @@ def test_rows_wait_for_a_restart_and_chats_do_not(serve):
     assert [text.split()[-1] for text in results[0].json()["predictions"]] == [str(index) for index in range(8)]
 
 
-def test_a_row_that_kills_the_engine_twice_fails_alone(serve):
+def test_a_row_that_kills_the_engine_again_and_again_fails_alone(serve):
     """The stub dies of nothing by itself: the test kills it whenever the poisoned row is alone in it."""
     service = serve().wait_ready(20)
     results = []
@@ -237,7 +237,7 @@ def test_a_row_that_kills_the_engine_twice_fails_alone(serve):
         target=lambda: results.append(httpx2.post(f"{service.url}/predict/", content=rows, timeout=60))
     )
     client.start()
-    for _ in range(2):
+    for _ in range(3):  # the third death convicts (scoring/gate.py)
         time.sleep(1)
         pid = service.launch().pid
         os.kill(pid, signal.SIGKILL)
@@ -290,15 +290,62 @@ def test_a_drain_that_takes_too_long_is_cut_off_and_told(serve):
     assert gone(pids)
 
 
-@pytest.mark.parametrize("moment", ["loading", "ready"])
-def test_sigkill_of_the_supervisor_leaves_nothing(serve, moment):
+HANGING_HOOK = """
+import subprocess, time
+def load_model(code_dir):
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
+    print("in the hook", flush=True)
+    time.sleep(600)
+"""
+
+
+def at(moment: str, serve: Start) -> Service:
+    """A service at this moment of its life."""
+    if moment == "hook":
+        service = serve(custom=HANGING_HOOK)
+        service.wait_for(lambda: "in the hook" in service.output(), 20, "no hook")
+        return service
     service = serve(load_seconds=30 if moment == "loading" else 0)
-    if moment == "ready":
-        service.wait_ready(20)
-    else:
+    if moment == "loading":
         service.launch()
+        return service
+    service.wait_ready(20)
+    for crash in range(1, 4) if moment == "backoff" else ():  # the third delay is two seconds
+        pid = service.launch().pid
+        os.kill(pid, signal.SIGKILL)
+        service.wait_for(lambda crash=crash: f"restart {crash} in" in service.output(), 5, "no restart")
+        if crash < 3:
+            service.wait_for(lambda pid=pid: service.launch().pid != pid, 20, "not started again")
+            service.wait_ready(20)
+    return service
+
+
+@pytest.mark.parametrize("moment", ["hook", "loading", "backoff"])
+def test_sigterm_ends_it_at_any_moment(serve, moment):
+    service = at(moment, serve)
     pids = service.processes()
-    assert len(pids) >= 4  # supervisor, worker, guardian, engine
+    assert service.process is not None
+    service.process.terminate()
+    assert service.exit_code(5) == 0
+    assert gone(pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_until_the_very_end_do_not_change_the_exit_code(serve, number):
+    service = serve().wait_ready(20)
+    assert service.process is not None
+    deadline = time.monotonic() + 15
+    while service.process.poll() is None and time.monotonic() < deadline:
+        service.process.send_signal(number)
+        time.sleep(0.002)
+    assert service.exit_code(1) == 0
+
+
+@pytest.mark.parametrize("moment", ["hook", "loading", "ready", "backoff"])
+def test_sigkill_of_the_supervisor_leaves_nothing(serve, moment):
+    service = at(moment, serve)
+    pids = service.processes()
+    assert len(pids) >= (2 if moment == "backoff" else 4)  # supervisor, worker, guardian, engine or hook
     assert service.process is not None
     service.process.kill()
     service.process.wait(5)

@@ -62,14 +62,16 @@ class PhaseBoard:
         self._publish()
 
     def _publish(self) -> None:
-        self._state.write_status(
-            Status(
-                phase=self._state.phase.label,
-                stage=self._stage,
-                progress=self._progress,
-                since=self._since,
-                timeline=tuple(self._timeline),
-                error=self._failure,
-                engine=self._engine,
-            )
+        status = Status(
+            phase=self._state.phase.label,
+            stage=self._stage,
+            progress=self._progress,
+            since=self._since,
+            timeline=tuple(self._timeline),
+            error=self._failure,
+            engine=self._engine,
         )
+        try:
+            self._state.write_status(status)
+        except OSError as error:  # a full disk, a cleaned folder: no reason to stop serving
+            log.warning("/status can't be brought up to date: %s", error)

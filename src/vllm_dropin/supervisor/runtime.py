@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import socket
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_dropin.errors import AddressError, ConfigurationError
@@ -20,9 +22,14 @@ BACKLOG = 2048
 
 @dataclass(frozen=True)
 class RuntimeFolder:
-    """A 0700 folder that lives as long as the supervisor: engine socket, shared state, worker configuration."""
+    """A 0700 folder that lives as long as the supervisor: engine socket, shared state, worker configuration.
+
+    `lock` is an open descriptor that holds a lock on it: systemd-tmpfiles, which empties the temporary folder of what
+    is ten days old, leaves a locked folder alone.
+    """
 
     path: Path
+    lock: int | None = field(default=None, compare=False)
 
     @classmethod
     def create(cls, wanted: Path | None) -> RuntimeFolder:
@@ -35,12 +42,13 @@ class RuntimeFolder:
             base = Path("/tmp")  # noqa: S108 (mkdtemp makes it private)
         try:
             base.mkdir(parents=True, exist_ok=True)
-            return cls(Path(tempfile.mkdtemp(prefix="vllm-dropin-", dir=base)))
+            path = Path(tempfile.mkdtemp(prefix="vllm-dropin-", dir=base))
         except OSError as error:
             raise ConfigurationError(
                 f"cannot make a runtime folder in {base}: {error.strerror}",
                 "Give a writable folder with --runtime-dir.",
             ) from error
+        return cls(path, _lock(path))
 
     @property
     def engine_socket(self) -> Path:
@@ -56,6 +64,15 @@ class RuntimeFolder:
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        if self.lock is not None:
+            os.close(self.lock)
+
+
+def _lock(folder: Path) -> int | None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # a file system without locks, and most likely without a cleaner
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return descriptor
 
 
 def listen(host: str, port: int) -> socket.socket:

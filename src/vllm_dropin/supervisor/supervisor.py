@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import socket
 import tempfile
@@ -18,17 +17,17 @@ from vllm_dropin.platforms.events import StatusReporter
 from vllm_dropin.settings.settings import Settings
 from vllm_dropin.supervisor.briefing import gateway_config
 from vllm_dropin.supervisor.engine import EngineKeeper
-from vllm_dropin.supervisor.launch import Launch
+from vllm_dropin.supervisor.launch import Launch, engine_keeper
 from vllm_dropin.supervisor.orphans import Orphans
 from vllm_dropin.supervisor.phases import PhaseBoard
 from vllm_dropin.supervisor.probe import Probe
 from vllm_dropin.supervisor.process import GuardedProcess
-from vllm_dropin.supervisor.restarts import RestartBudget
 from vllm_dropin.supervisor.runtime import RuntimeFolder, listen
 from vllm_dropin.supervisor.workers import GatewayWorkers
 
 log = get("supervisor")
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TICK = 0.05
 """Seconds between looks at the in-flight counters while draining."""
 
@@ -44,8 +43,9 @@ class Supervisor:
     async def run(self) -> int:
         """Serve until told to stop. Returns the exit code; raises DropinError for a failure that ends the process."""
         settings = self._settings
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._stop.set)
         public = listen(settings.listen.host, settings.listen.port)
         runtime = RuntimeFolder.create(settings.paths.runtime_dir)
         try:
@@ -53,6 +53,10 @@ class Supervisor:
         finally:
             public.close()
             runtime.remove()
+            for number in STOP_SIGNALS:
+                # The loop takes its handlers with it: one more SIGTERM would then change our exit code.
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
 
     async def _run(self, public: socket.socket, runtime: RuntimeFolder) -> int:
         settings = self._settings
@@ -116,15 +120,7 @@ class Supervisor:
             return
         prepare_state_dir(settings.paths.state_dir)
         site = await Launch(settings, runtime, board, reporter).prepare()
-        self._keeper = EngineKeeper(
-            site,
-            RestartBudget(settings.supervision.max_restarts, settings.supervision.max_backoff),
-            state,
-            board,
-            on_restart=lambda reason: reporter.send("Engine restarted", REDACTOR.hide(reason)),
-            start_timeout=settings.supervision.start_timeout,
-            hang_timeout=settings.supervision.hang_timeout,
-        )
+        self._keeper = engine_keeper(settings, site, state, board, reporter)
         await self._keeper.run()
 
     async def _reap(self, workers: GatewayWorkers) -> None:
@@ -151,8 +147,7 @@ class Supervisor:
     ) -> None:
         """Stop the whole tree: engine and workers at the same time, then our own tasks."""
         service.cancel()
-        with contextlib.suppress(asyncio.CancelledError, DropinError):
-            await service
+        await asyncio.wait({service})  # not its outcome: a fault of ours must not keep us from ending the rest
         endings: list[Coroutine[Any, Any, None]] = [workers.stop()]
         if self._keeper is not None:
             endings.append(self._keeper.stop())

@@ -55,6 +55,8 @@ class GatewayWorkers:
             start_new_session=True,  # a Ctrl-C in the terminal is the supervisor's to handle
         )
         self._processes[slot] = process
+        if self._stopping:  # it began while `stop` had already looked at who is there
+            process.kill()
         return process
 
     async def start(self) -> None:
@@ -82,6 +84,8 @@ class GatewayWorkers:
                 )
             log.error("gateway worker %d ended (exit code %s); starting it again", slot, code)
             await asyncio.sleep(RESTART_AFTER)
+            if self._stopping:
+                return
             process, born = await self._start(slot), clock()
 
     async def stop(self, grace: float = 3.0) -> None:

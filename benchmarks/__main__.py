@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import incumbent, latency, memory, report, rows, score, startup, streams
+from benchmarks import incumbent, latency, memory, report, rows, scale, score, startup, streams
 from benchmarks.service import Bench
 
 ROOT = Path(__file__).parent.parent
 # Memory is last: its peak is that of the whole run.
 BENCHMARKS: dict[str, Callable[[Bench], list[report.Figure]]] = {
-    module.NAME: module.measure for module in (startup, latency, streams, rows, incumbent, score, memory)
+    module.NAME: module.measure for module in (startup, latency, streams, rows, incumbent, score, scale, memory)
 }
 
 
@@ -30,6 +30,7 @@ def _arguments() -> argparse.Namespace:
     engine = os.environ.get("VLLM_DROPIN_ENGINE_PYTHON") or ROOT / ".venv-engine" / "bin" / "python"
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--pairs", type=int, default=5, metavar="N", help="repetitions of each side (default: 5)")
+    parser.add_argument("--rows", type=int, default=200_000, metavar="N", help="rows of `scale` (default: 200000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--engine-python", type=Path, default=Path(engine), metavar="FILE", help="Python with vLLM")
@@ -50,7 +51,7 @@ def main() -> int:
     if machine["load_before"] > 0.5 * machine["cores"]:
         say(f"the machine is busy (load {machine['load_before']:.1f} on {machine['cores']} cores): expect noise")
     figures: list[report.Figure] = []
-    with Bench(arguments.engine_python, arguments.drum, arguments.pairs, say) as bench:
+    with Bench(arguments.engine_python, arguments.drum, arguments.pairs, arguments.rows, say) as bench:
         for name, measure in BENCHMARKS.items():
             if not arguments.names or name in arguments.names:
                 say(f"measuring {name}")

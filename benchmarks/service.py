@@ -73,10 +73,13 @@ class Serving:
 class Bench:
     """What the benchmarks share: the options, and services that are started when first asked for. A context manager."""
 
-    def __init__(self, engine_python: Path, drum: Path | None, pairs: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, engine_python: Path, drum: Path | None, pairs: int, rows: int, say: Callable[[str], None]
+    ) -> None:
         self.engine_python = engine_python
         self.drum = drum
         self.pairs = pairs
+        self.rows = rows
         self.say = say
         self._stack = ExitStack()
         self._serving: Serving | None = None

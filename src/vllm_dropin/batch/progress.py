@@ -69,8 +69,10 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
-    def show(self, position: Position, load: Load | None, in_flight: int, *, now: float | None = None) -> None:
-        """Show the present state, if it is time to."""
+    def show(
+        self, position: Position, load: Load | None, in_flight: int, *, note: str = "", now: float | None = None
+    ) -> None:
+        """Show the present state, if it is time to; `note` is one part more."""
         now = time.monotonic() if now is None else now
         self._samples.append((now, self._tally.rows, self._tally.prompt_tokens, self._tally.completion_tokens))
         while now - self._samples[0][0] > _RATE_OVER:
@@ -78,9 +80,9 @@ class Progress:
         if now - self._shown < (TERMINAL_EVERY if self._terminal else PLAIN_EVERY):
             return
         self._shown = now
-        self._write(self._line(position, load, in_flight))
+        self._write(self._line(position, load, in_flight, note))
 
-    def _line(self, position: Position, load: Load | None, in_flight: int) -> str:
+    def _line(self, position: Position, load: Load | None, in_flight: int, note: str) -> str:
         since, rows, prompt, completion = self._samples[0]
         span = max(1e-9, self._samples[-1][0] - since)
         rate = (self._tally.rows - rows) / span
@@ -99,6 +101,8 @@ class Progress:
         if self._tally.failed:
             parts.append(f"{self._tally.failed:,} failed")
         parts.append(f"{load.running:.0f}+{load.waiting:.0f} at the engine" if load else f"{in_flight} in flight")
+        if note:
+            parts.append(note)
         if rows_in_all is not None and rate > 0:
             parts.append(f"{_duration(max(0.0, rows_in_all - self._tally.rows) / rate)} left")
         return "  ".join(parts)

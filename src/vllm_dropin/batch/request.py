@@ -27,8 +27,19 @@ class MaxErrors:
 
 
 @dataclass(frozen=True)
+class Replicas:
+    """How many engines a Ray cluster runs: `minimum` from the start, more while rows wait for one."""
+
+    minimum: int = 1
+    maximum: int = 1
+
+
+@dataclass(frozen=True)
 class ScoreRequest:
-    """One command. `url` None: the folder's own engine answers. `columns` None: all. `journal` None: OUTPUT.partial."""
+    """One command. `url` None: the folder's own engine answers. `columns` None: all. `journal` None: OUTPUT.partial.
+
+    `ray` None: on this machine; "": on the Ray cluster that is there, else on a new one.
+    """
 
     inputs: tuple[str, ...]
     output: str
@@ -52,3 +63,5 @@ class ScoreRequest:
     summary: bool = False
     url: str | None = None
     model: str | None = None
+    ray: str | None = None
+    replicas: Replicas = field(default_factory=Replicas)

@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 
-from vllm_dropin.batch.request import MaxErrors, ScoreRequest
+from vllm_dropin.batch.request import MaxErrors, Replicas, ScoreRequest
 from vllm_dropin.cli.options import VARIABLES, add_options, read_flags
 from vllm_dropin.errors import ConfigurationError
 
@@ -100,6 +100,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "for a remote output, a folder in the state folder)",
     )
     run.add_argument("--json", action="store_true", help="print a summary as JSON at the end")
+    ray = parser.add_argument_group("more than one machine")
+    ray.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        type=_address,
+        metavar="ADDRESS",
+        help="run the engines on a Ray cluster: the one at ADDRESS (host:port), else that of RAY_ADDRESS or of this "
+        "machine, else a new one (local)",
+    )
+    ray.add_argument(
+        "--replicas",
+        type=_replicas,
+        metavar="MIN:MAX",
+        help="with --ray: how many engines, or how few and how many (default: 1)",
+    )
     engine = parser.add_argument_group("engine", VARIABLES)
     engine.add_argument(
         "--param", action="append", default=[], metavar="NAME=VALUE", help="a runtime parameter; may be repeated"
@@ -117,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
 
     from vllm_dropin.batch.run import score
 
+    if args.replicas is not None and args.ray is None:
+        raise ConfigurationError("--replicas says how many engines a Ray cluster runs", "Add --ray, or leave it out.")
     words = list(args.words)
     args.folder = None if args.url else words.pop(0)
     if not words:
@@ -147,6 +165,8 @@ def run(args: argparse.Namespace) -> int:
         summary=args.json,
         url=args.url,
         model=args.model,
+        ray=args.ray,
+        replicas=args.replicas or Replicas(),
     )
     return score(request, read_flags(args), os.environ, sys.stderr)
 
@@ -155,6 +175,21 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _address(text: str) -> str:
+    if text not in ("", "auto", "local") and ":" not in text:
+        # Most likely --ray stands before the model folder, which it must not swallow.
+        raise argparse.ArgumentTypeError(f"{text!r} is no address such as 10.0.0.1:6379; without one, write --ray=")
+    return text
+
+
+def _replicas(text: str) -> Replicas:
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
+    minimum, maximum = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= minimum <= maximum:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of engines nor a range such as 1:8")
+    return Replicas(minimum, maximum)
 
 
 def _max_errors(text: str) -> MaxErrors:

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from vllm_dropin.model.credential import Credential
+from vllm_dropin.model.credential import Credential, is_secret_name
 from vllm_dropin.model.secret import Secret
 
 CANARY = "canary-0123456789"
@@ -74,3 +74,13 @@ def test_the_secrets_of_a_credential_are_found_at_any_depth() -> None:
         }
     )
     assert sorted(credential.secrets()) == ["four-secret", "one-secret", "three-secret", "two-secret"]
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "password", "AZURE_STORAGE_CONNECTION_STRING"])
+def test_names_of_secret_variables(name: str) -> None:
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HF_HOME", "KEYBOARD", "MONKEY"])
+def test_names_of_other_variables(name: str) -> None:
+    assert not is_secret_name(name)

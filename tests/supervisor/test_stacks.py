@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vllm_dropin.supervisor.process import GuardedProcess
-from vllm_dropin.supervisor.stacks import describe, with_faulthandler, write_stacks
+from vllm_dropin.supervisor.stacks import describe, write_stacks
 
 # An engine with a child; both hang, and ignore SIGTERM as a hanging engine does.
 HANGING = """
@@ -33,7 +33,7 @@ def test_every_process_says_where_it_hangs(caplog, stopped):
     lines: list[str] = []
 
     async def scenario() -> tuple[list[int], float]:
-        environ = with_faulthandler(dict(os.environ))
+        environ = {**os.environ, "PYTHONFAULTHANDLER": "1"}
         process = await GuardedProcess.start((sys.executable, "-c", HANGING), environ, Path("/"), lines.append)
         while len([line for line in lines if line.startswith("pid")]) < 2:
             await asyncio.sleep(0.02)
@@ -64,7 +64,3 @@ def test_every_process_says_where_it_hangs(caplog, stopped):
 
 def test_a_process_that_is_gone_is_not_described():
     assert describe(2**22 + 1) == ""
-
-
-def test_a_setting_of_the_user_stays():
-    assert with_faulthandler({"PYTHONFAULTHANDLER": "", "A": "b"}) == {"PYTHONFAULTHANDLER": "", "A": "b"}

@@ -67,6 +67,7 @@ VARIABLES: tuple[VariableQuirk, ...] = (
     VariableQuirk(
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "900", "the gateway keeps connections; vLLM's 5 s would reset them"
     ),
+    VariableQuirk("PYTHONFAULTHANDLER", "1", "a hanging or crashing engine writes the stacks of its threads"),
     VariableQuirk("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0", "an allowed media host must not lead elsewhere"),
     VariableQuirk(
         "VLLM_CPU_KVCACHE_SPACE", "2", "GiB for the KV cache; unset, it takes most of the memory", cpu=True

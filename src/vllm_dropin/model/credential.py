@@ -11,7 +11,14 @@ from vllm_dropin.model.secret import Secret
 # What in a credential is worth hiding wherever it turns up; a user name or a region is not.
 _SECRET_FIELD = re.compile(r"key|token|secret|pass|connection|private", re.IGNORECASE)
 
+# Whole words at the end: TOKENIZERS_PARALLELISM=true must not make every "true" a secret.
+_SECRET_VARIABLE = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CONNECTION_STRING)$", re.IGNORECASE)
 _SECRET_LINE = 16  # a shorter line could be an ordinary word
+
+
+def is_secret_name(variable: str) -> bool:
+    """Whether an environment variable of this name holds what must not be shown."""
+    return _SECRET_VARIABLE.search(variable) is not None
 
 
 class Credential:

@@ -19,7 +19,7 @@ from vllm_dropin.supervisor.probe import Probe
 from vllm_dropin.supervisor.process import GuardedProcess
 from vllm_dropin.supervisor.progress import Cause, read_progress
 from vllm_dropin.supervisor.restarts import RestartBudget
-from vllm_dropin.supervisor.stacks import with_faulthandler, write_stacks
+from vllm_dropin.supervisor.stacks import write_stacks
 
 log = get("engine")
 engine_log = get("vllm")
@@ -102,7 +102,7 @@ class EngineKeeper:
         if not self._ever_ready:
             self._board.enter(Phase.LOADING, "engine starting")
         process = await GuardedProcess.start(
-            self._site.command.argv, with_faulthandler(self._site.command.env), self._site.cwd, self._on_line
+            self._site.command.argv, self._site.command.env, self._site.cwd, self._on_line
         )
         self._process = process
         self._state.generation += 1

@@ -12,7 +12,6 @@ import contextlib
 import os
 import signal
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_dropin.logging import REDACTOR, get
@@ -23,11 +22,6 @@ log = get("stacks")
 STEP = 0.05
 ONE_WRITES, ALL_WRITE = 0.5, 5.0
 """Seconds that one process gets to write its stacks, and all of them together."""
-
-
-def with_faulthandler(environ: Mapping[str, str]) -> dict[str, str]:
-    """The engine's environment, so that `write_stacks` finds it able to answer. A value that is set stays."""
-    return {"PYTHONFAULTHANDLER": "1", **environ}
 
 
 async def write_stacks(process: GuardedProcess) -> None:

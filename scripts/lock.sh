@@ -31,6 +31,10 @@ lock dev.lock ../pyproject.toml dev.in --constraint product.lock "$@"
 lock cloud.lock ../pyproject.toml --extra cloud --constraint product.lock "$@"
 # What `score --ray` needs, beside product.lock.
 lock ray.lock ../pyproject.toml --extra ray --constraint product.lock "$@"
+# The platform's SDK for `push`, at the versions that the tests have.
+lock datarobot.lock ../pyproject.toml --extra datarobot --constraint dev.lock "$@"
+# The cloud clients of model folders' hooks, in the image only.
+lock hooks.lock hooks.in "$@"
 # DRUM itself, which only `make check-contract` installs.
 lock incumbent.lock incumbent.in "$@"
 lock cpu.lock cpu.in --excludes cpu-excluded.txt "${torch_source[@]}" "$@"

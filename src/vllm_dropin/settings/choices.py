@@ -62,6 +62,20 @@ class Choices:
             )
         return path
 
+    def folders(self, key: str) -> tuple[Path, ...]:
+        """Folders that have to be there, joined by `:` as in PATH."""
+        found = []
+        for part in (self.text(key) or "").split(":"):
+            if not part:
+                continue
+            path = expanded(part, f"{key} ({self.source(key)})").absolute()
+            if not path.is_dir():
+                raise ConfigurationError(
+                    f"{key} ({self.source(key)}): there is no folder {path}", f"Correct the path, or leave {key} out."
+                )
+            found.append(path)
+        return tuple(found)
+
     def tell(self, key: str, value: object, why: str) -> None:
         """Report a value that was worked out for an option that nobody gave."""
         at = next(i for i, setting in enumerate(self.settings) if setting.name == key)

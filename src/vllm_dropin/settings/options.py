@@ -58,6 +58,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("drain-timeout", "seconds for running requests after a stop signal", "SECONDS", "25"),
     Option("hang-timeout", "seconds without progress before the engine is restarted; 0: never", "SECONDS", "120"),
     Option("hook-timeout", "seconds for custom.py", "SECONDS", "7200"),
+    Option("hook-path", "packages for custom.py, found after the engine's; folders joined by :", "FOLDERS"),
     Option("start-timeout", "seconds for the engine to become ready; 0: no limit", "SECONDS", "0"),
     Option(
         "with-error-server", "stay up and answer 513 after a final failure", contract="WITH_ERROR_SERVER"

@@ -64,6 +64,7 @@ def resolve(folder: ModelFolder, flags: Flags, environ: Mapping[str, str]) -> Se
     upstream, upstream_key = _upstream(options, environ, warnings)
     paths = Paths(_state_dir(options, environ), options.path("runtime_dir"))
     hook_timeout = options.read("hook_timeout", choices.seconds)
+    hook_paths = options.folders("hook_path")
     options.text("engine_python")
     planned: Planned | None = None
     if upstream is None:
@@ -91,7 +92,7 @@ def resolve(folder: ModelFolder, flags: Flags, environ: Mapping[str, str]) -> Se
         platform=platform,
         supervision=supervision,
         paths=paths,
-        hook=_hook(folder, hook_timeout) if planned else None,
+        hook=_hook(folder, hook_timeout, hook_paths) if planned else None,
         engine=planned.plan if planned else None,
         model=planned.model if planned else None,
         upstream=upstream,
@@ -221,11 +222,11 @@ def _deployment(environ: Mapping[str, str]) -> Deployment | None:
     return Deployment(name, tuple(str(label) for label in mapping))
 
 
-def _hook(folder: ModelFolder, timeout: float) -> HookSettings | None:
+def _hook(folder: ModelFolder, timeout: float, extra_paths: tuple[Path, ...]) -> HookSettings | None:
     hook = folder.hook
     if hook is None or not hook.runs:
         return None
-    return HookSettings(hook.file, hook.has_init, hook.has_load_model, timeout)
+    return HookSettings(hook.file, hook.has_init, hook.has_load_model, timeout, extra_paths)
 
 
 def _upstream(options: Choices, environ: Mapping[str, str], warnings: list[str]) -> tuple[str | None, Secret | None]:

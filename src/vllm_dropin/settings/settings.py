@@ -75,12 +75,13 @@ class Platform:
 
 @dataclass(frozen=True)
 class HookSettings:
-    """custom.py, when it defines something to run."""
+    """custom.py, when it defines something to run. `extra_paths` come after the engine's packages on its path."""
 
     file: Path
     has_init: bool
     has_load_model: bool
     timeout: float
+    extra_paths: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from vllm_dropin.engine.command import EnginePlan, build
 from vllm_dropin.engine.weights import check_weights
 from vllm_dropin.gateway.state import Phase, SharedState
 from vllm_dropin.logging import REDACTOR, get
+from vllm_dropin.model.credential import is_secret_name
 from vllm_dropin.platforms.events import StatusReporter
 from vllm_dropin.settings.settings import HookSettings, Settings
 from vllm_dropin.supervisor.download import DownloadRequest, Progress, download
@@ -43,6 +44,7 @@ class Launch:
         if settings.hook is not None:
             self._reporter.stage(1, stages, "Running custom.py")
             changes = await self._run_hook(settings.hook)
+            REDACTOR.learn(value for name, value in changes.items() if value and is_secret_name(name))
             if stages == 3:
                 self._reporter.stage(2, stages, "custom.py has finished")
         settings = settings.after_hook(changes)
@@ -75,6 +77,7 @@ class Launch:
             environ=settings.environments.hook,
             timeout=hook.timeout,
             runtime_dir=self._runtime.path,
+            extra_paths=hook.extra_paths,
         )
         result = await run_hook(request, lambda line: hook_log.info("%s", line))
         state.finished()

@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": "serve a model folder over HTTP",
     "score": "answer every row of a file",
     "check": "say what serve would do with a folder, and what is wrong with it",
+    "build": "write the image context that a platform builds",
     "upgrade-check": "say which flags of a folder another vLLM would not take as they are",
 }
 _INTERRUPTED = 130

@@ -29,6 +29,8 @@ help:
 	@echo 'make lint            ruff, mypy, import-linter'
 	@echo 'make check-contract  the contract suite against DRUM and against this, side by side'
 	@echo 'make bench           the numbers of docs/benchmarks.md'
+	@echo 'make environment     write environment/ anew, the image context that is checked in'
+	@echo 'make image-test      build and boot the image (root, buildah, debootstrap, 40 GB, 20 minutes)'
 	@echo 'make lock            write requirements/*.lock anew (needs uv)'
 	@echo 'make clean           remove the environments, caches and the unpacked example'
 
@@ -63,6 +65,14 @@ check-contract: $(DEV) $(ENGINE)
 .PHONY: bench
 bench: $(DEV) $(ENGINE)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: environment
+environment: $(DEV)
+	$(BIN)/vllm-dropin build --output environment
+
+.PHONY: image-test
+image-test: $(DEV)
+	$(BIN)/python scripts/image_test.py
 
 .PHONY: lock
 lock:

@@ -78,7 +78,7 @@ class Test:
             self.make_image()
         container = self.buildah("from", "--pull-never", IMAGE)
         root = Path(self.buildah("mount", container))
-        config = json.loads(self.buildah("inspect", "--type", "image", "--format", "{{json .Docker.Config}}", IMAGE))
+        config = json.loads(self.buildah("inspect", "--type", "image", IMAGE))["Docker"]["config"]
         copy_example(root / "opt" / "code", 1000)
         first = Start("user 1000:0", 1000)
         with self.step(first.title):

@@ -22,6 +22,11 @@ _HEALTH = (
     "import http.client as http; probe = http.HTTPConnection('127.0.0.1', 8080, timeout=4); "
     "probe.request('GET', '/livez'); raise SystemExit(probe.getresponse().status != 200)"
 )
+_ROOT = """\
+# For the steps below; the image ends with USER 1000:0.
+# hadolint ignore=DL3002
+USER 0:0
+"""
 _PIP = "install --no-cache-dir --no-deps --only-binary=:all: --require-hashes"
 _ENGINE_IMPORT = "import gguf, torch, transformers, vllm.entrypoints.openai.api_server"
 
@@ -44,11 +49,10 @@ def _head(image: Image) -> str:
 
 def _base(image: Image) -> str:
     if image.variant == "gpu":
-        return f"FROM {image.base} AS base\nUSER root\n"
+        return f"FROM {image.base} AS base\n{_ROOT}"
     return f"""\
 FROM {image.base} AS base
-USER root
-# vLLM's CPU build is linked with libnuma. Where there is no network, take a base that has it.
+{_ROOT}# vLLM's CPU build is linked with libnuma. Where there is no network, take a base that has it.
 # hadolint ignore=DL3008
 RUN python3 -c "import ctypes; ctypes.CDLL('libnuma.so.1')" 2>/dev/null \\
     || {{ apt-get update && apt-get install -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*; }}

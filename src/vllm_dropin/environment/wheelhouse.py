@@ -48,11 +48,12 @@ def download(image: Image, folder: Path) -> tuple[WheelFile, ...]:
     Raises ConfigurationError for what is not to be had for the image's Python, InputOutputError when no index answers.
     """
     for lock in image.locks:
-        _download(lock, image.target, folder)
+        fetch(lock, image.target, folder)
     return tuple(_match(image, folder))
 
 
-def _download(lock: Lock, target: Target, folder: Path) -> None:
+def fetch(lock: Lock, target: Target, folder: Path) -> None:
+    """The wheels of one lock for this Python. Raises ConfigurationError or InputOutputError."""
     # pip would judge the markers by the Python that runs it, so the file that it gets has none.
     lines = [
         f"{pin.name}=={pin.version} " + " ".join(f"--hash=sha256:{digest}" for digest in sorted(pin.hashes))

@@ -175,9 +175,12 @@ class Pool:
         """Its next report; how it ended, when it has."""
         if not member.begun:
             begun = asyncio.ensure_future(_begun(member))
-            if not (await asyncio.wait({begun}, timeout=_NO_PLACE_AFTER))[0]:
-                self._say(f"replica {member.number} waits for a place in the cluster")
-            member.node = await begun
+            try:
+                if not (await asyncio.wait({begun}, timeout=_NO_PLACE_AFTER))[0]:
+                    self._say(f"replica {member.number} waits for a place in the cluster")
+                member.node = await begun
+            finally:
+                begun.cancel()
             member.begun = True
         report: Report = await member.actor.report.remote()
         self._heed(member, report)

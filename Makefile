@@ -30,7 +30,7 @@ help:
 	@echo 'make check-contract  the contract suite against DRUM and against this, side by side'
 	@echo 'make bench           the numbers of docs/benchmarks.md'
 	@echo 'make environment     write environment/ anew, the image context that is checked in'
-	@echo 'make image-test      build and boot the image (root, buildah, debootstrap, 40 GB, 20 minutes)'
+	@echo 'make image-test      build and boot the image (root, buildah, debootstrap, 40 GB, 10 minutes)'
 	@echo 'make lock            write requirements/*.lock anew (needs uv)'
 	@echo 'make clean           remove the environments, caches and the unpacked example'
 

@@ -95,9 +95,9 @@ class Test:
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
         print(f"... {title}", flush=True)
-        began = time.monotonic()
+        began, at = time.monotonic(), len(self.lines)
         yield
-        self.lines.append(f"ok  {time.monotonic() - began:4.0f} s  {title}")
+        self.lines.insert(at, f"ok  {time.monotonic() - began:4.0f} s  {title}")
 
     def note(self, text: str) -> None:
         print(f"    {text}", flush=True)
@@ -265,6 +265,7 @@ def inside(wanted: dict[str, Any]) -> None:
     root = wanted["root"]
     mount("--bind", root, root)
     mount("-t", "proc", "proc", f"{root}/proc")
+    mount("-t", "sysfs", "-o", "ro", "sysfs", f"{root}/sys")  # vLLM counts the cores of a CPU there, by lscpu
     mount("--rbind", "/dev", f"{root}/dev")
     if wanted["volume"]:
         mount("--bind", wanted["volume"], f"{root}/data")

@@ -28,7 +28,19 @@ def test_a_few_requests_wait_whatever_the_batch_holds(size):
     limit, waiting = seen[-1]
     assert seen[-10:] == [(limit, waiting)] * 10  # it settles
     assert limit >= size
-    assert 0 < waiting <= max(16, size / 2)
+    assert 0 < waiting <= max(128, size)
+
+
+def test_a_large_batch_is_full_after_a_few_looks():
+    gate = Gate(FIRST)
+    pace = Pace(gate)
+    for _ in range(4):
+        pace.steer(batch(1024, gate.limit))
+    assert gate.limit > 1024
+    assert pace.starting
+    for _ in range(2):
+        pace.steer(batch(100, gate.limit))
+    assert not pace.starting
 
 
 def test_an_idle_engine_is_no_reason_for_more():
@@ -39,8 +51,21 @@ def test_an_idle_engine_is_no_reason_for_more():
 
 def test_a_full_cache_that_shrinks_the_batch_shrinks_the_crowd():
     gate = Gate(512)
-    Pace(gate).steer(Load(60, 452))
-    assert 60 < gate.limit < 100
+    pace = Pace(gate)
+    pace.steer(Load(400, 112))
+    pace.steer(Load(60, 452))
+    assert gate.limit == 90
+
+
+def test_requests_that_wait_for_their_prompts_turn_are_no_reason_for_fewer():
+    """An engine takes up so many prompt tokens a step: at the start most requests wait though its batch is empty."""
+    gate = Gate(FIRST)
+    pace = Pace(gate)
+    for running in (16, 48, 80, 112):
+        pace.steer(Load(running, FIRST - running))
+        assert gate.limit == FIRST
+    pace.steer(Load(FIRST, 0))
+    assert gate.limit == 2 * FIRST
 
 
 def test_the_limit_has_limits():

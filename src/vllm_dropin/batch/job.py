@@ -104,6 +104,7 @@ class Job:
 
         However it ends, by a cancellation too, what was answered is in the sink, and committed.
         """
+        self._progress.begin()
         scoring = asyncio.create_task(self._score(), name="scoring")
         engine = asyncio.create_task(self._server.ended(), name="engine-end")
         helpers = [asyncio.create_task(self._tick(), name="tick")]
@@ -123,6 +124,7 @@ class Job:
             for task in (scoring, engine, *helpers):
                 task.cancel()
             await asyncio.gather(scoring, engine, *helpers, return_exceptions=True)
+            self._progress.end()
             await asyncio.to_thread(self._sink.sync)
 
     async def _score(self) -> None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from vllm_dropin.scoring.gate import Gate
 
 PERIOD = 1.0
-"""Seconds between looks at the engine."""
-FIRST, SMALLEST, LARGEST = 64, 8, 4096
-_GROWTH = 1.5
+"""Seconds between looks at the engine; a quarter of it until its batch has been full for the first time."""
+FIRST, SMALLEST, LARGEST = 128, 8, 4096
+_SLOW, _FAST = 1.5, 2.0  # growth
+_STEADY = 1.02  # what a batch may grow by between two looks and still count as full
+_START = 40  # looks after which the start is over, whatever they saw
 _WORTH = 1.03
 """Without the engine's metrics a larger crowd has to raise the rate by this much to be kept."""
 
@@ -25,24 +27,35 @@ class Load:
 
 
 class Pace:
-    """Moves a gate's limit. With metrics, until a few requests wait (an eighth of the batch, so that a place in it is
-    taken at once when it comes free); without them, upwards as long as more rows a second come of it.
+    """Moves a gate's limit. With metrics, upwards until a few requests wait (an eighth of the batch, so that a place in
+    it is taken at once when it comes free), and downwards when more wait than run. Without them, upwards as long as
+    more rows a second come of it.
     """
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
         self._best = 0.0
         self._settled = False
+        self._looks = 0
+        self._running = 0.0
+        self.starting = True
+        """Nobody knows yet what the engine can take."""
 
     def steer(self, load: Load) -> None:
         """By the engine's own numbers."""
-        low, high = max(4.0, load.running / 8), max(16.0, load.running / 2)
-        limit = self._gate.limit
-        if load.waiting < low and load.running + load.waiting >= 0.8 * limit:
+        self._looks += 1
+        if self._looks > _START:
+            self.starting = False
+        absorbing = load.running > _STEADY * self._running
+        self._running = load.running
+        few = max(4.0, load.running / 8)
+        if load.waiting < few and load.running + load.waiting >= 0.8 * self._gate.limit:
             # All that we send fits into the batch: it may hold more.
-            self._resize(limit * _GROWTH)
-        elif load.waiting > high:
-            self._resize(load.running + (low + high) / 2)
+            self._resize(self._gate.limit * (_FAST if self.starting else _SLOW))
+        elif load.waiting > max(32.0, load.running) and not absorbing:
+            # Not while the batch still grows: what waits then waits for its prompt's turn, not for a place.
+            self.starting = False
+            self._resize(1.5 * load.running)
 
     def try_more(self, rows_per_second: float) -> None:
         """By the rate alone, measured over the time since the last call."""
@@ -50,14 +63,14 @@ class Pace:
             return
         if rows_per_second > self._best * _WORTH:
             self._best = rows_per_second
-            self._resize(self._gate.limit * _GROWTH)
+            self._resize(self._gate.limit * _SLOW)
         else:
-            self._resize(self._gate.limit / _GROWTH)
+            self._resize(self._gate.limit / _SLOW)
             self._settled = True
 
     def give_way(self) -> None:
         """The server refused a request because there are too many."""
-        self._resize(self._gate.limit / _GROWTH)
+        self._resize(self._gate.limit / _SLOW)
         self._settled = True
 
     def _resize(self, limit: float) -> None:
@@ -71,7 +84,6 @@ async def keep_pace(
     clock = asyncio.get_running_loop().time
     done, refusals, since = rows_done(), refused(), clock()
     while True:
-        await asyncio.sleep(PERIOD)
         load = await look()
         if refused() > refusals:
             refusals = refused()
@@ -82,6 +94,7 @@ async def keep_pace(
             # Rates over fewer rows or seconds are noise.
             pace.try_more((rows_done() - done) / (clock() - since))
             done, since = rows_done(), clock()
+        await asyncio.sleep(PERIOD / 4 if load is not None and pace.starting else PERIOD)
 
 
 def read_load(exposition: bytes) -> Load | None:

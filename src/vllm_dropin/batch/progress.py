@@ -42,6 +42,9 @@ class Summary:
     prompt_tokens: int
     completion_tokens: int
     seconds: float
+    """From start to end, the engine's start and the writing of the output included."""
+    scoring_seconds: float
+    """From the first row to the last answer; rows_per_second is over this."""
     rows_per_second: float
     engine_restarts: int
     output: str
@@ -56,6 +59,7 @@ class Progress:
         self._terminal = stream.isatty()
         self._before = tally.rows
         self._started = time.monotonic()
+        self._began = self._ended = self._started
         self._shown = 0.0
         self._samples: deque[tuple[float, int, int, int]] = deque()
         self._width = 0
@@ -65,9 +69,13 @@ class Progress:
         """Rows answered by this run."""
         return self._tally.rows - self._before
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
+    def begin(self) -> None:
+        """The engine is ready: rows are sent from now on."""
+        self._began = self._ended = time.monotonic()
+
+    def end(self) -> None:
+        """The last answer has come."""
+        self._ended = time.monotonic()
 
     def show(
         self, position: Position, load: Load | None, in_flight: int, *, note: str = "", now: float | None = None
@@ -125,15 +133,16 @@ class Progress:
 
     def summary(self, output: str, restarts: int) -> Summary:
         """The run as numbers."""
-        seconds = self.seconds
+        scoring = self._ended - self._began
         return Summary(
             rows=self._tally.rows,
             rows_before=self._before,
             errors=dict(self._tally.errors),
             prompt_tokens=self._tally.prompt_tokens,
             completion_tokens=self._tally.completion_tokens,
-            seconds=round(seconds, 3),
-            rows_per_second=round(self.rows_here / seconds, 3) if seconds > 0 else 0.0,
+            seconds=round(time.monotonic() - self._started, 3),
+            scoring_seconds=round(scoring, 3),
+            rows_per_second=round(self.rows_here / scoring, 3) if scoring > 0 else 0.0,
             engine_restarts=restarts,
             output=output,
         )
@@ -146,7 +155,7 @@ def closing_words(summary: Summary) -> str:
     here = summary.rows - summary.rows_before
     return (
         f"{summary.rows:,} rows{f', {failed:,} failed ({kinds})' if failed else ''}; "
-        f"{here:,} of them now, in {_duration(summary.seconds)} ({summary.rows_per_second:,.1f} rows/s) "
+        f"{here:,} of them now, in {_duration(summary.scoring_seconds)} ({summary.rows_per_second:,.1f} rows/s) "
         f"-> {summary.output}"
     )
 

@@ -21,6 +21,9 @@ _OWN_STORE = 512 << 20
 """Bytes of shared memory for a cluster of ours: only blocks on their way to the engines are in it."""
 _REACH, _CHECK = 5.0, 60.0
 _LOOPBACK = "127.0.0.1"
+_KILL_CHILDREN = "RAY_kill_child_processes_on_worker_exit"
+"""Off for replicas: Ray kills the children of a process that ends, and not theirs. That would be the guardian alone,
+which would have ended the whole engine."""
 
 
 def require_ray() -> None:
@@ -56,7 +59,11 @@ async def cluster(address: str) -> AsyncIterator[bool]:
 
 def _silence() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
-    import ray.data  # noqa: F401
+    import ray.data  # noqa: F401 (it makes the loggers)
+    from ray._private import worker
+
+    # Ray prints what it thinks of a lost node on standard output, where only the summary belongs.
+    worker._worker_logs_enabled = False
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray.")]:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -80,6 +87,7 @@ def _connect(address: str) -> bool:
             with contextlib.suppress(ConnectionError) if not address else contextlib.nullcontext():
                 ray.init(address="auto", **quiet)
                 return False
+        _keep_to_loopback()
         ray.init(
             address="local",
             include_dashboard=False,
@@ -90,6 +98,18 @@ def _connect(address: str) -> bool:
     except (ConnectionError, RuntimeError, ValueError, AssertionError, TimeoutError) as error:
         raise _refused(address, error) from None
     return True
+
+
+def _keep_to_loopback() -> None:
+    """Ray takes 127.0.0.1 for "an address of this machine that others reach", and whoever reaches it may run anything.
+
+    Only where it knows no clusters of several machines does it mean what it says: so it is told that this is such a
+    place, by the variable for its processes and by the constant that has been made of it here.
+    """
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def _reach(address: str) -> None:
@@ -172,4 +192,5 @@ def new_actor(kind: type, gpus: float, *arguments: Any) -> Any:
     import ray
 
     options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
-    return ray.remote(kind).options(**options).remote(*arguments)
+    environment = {"env_vars": {_KILL_CHILDREN: "0"}}
+    return ray.remote(kind).options(**options, runtime_env=environment).remote(*arguments)

@@ -69,6 +69,7 @@ async def score_on_ray(work: RayWork, source: Source, sink: AnswerSink, progress
             for task in (answering, ticking):
                 task.cancel()
             await asyncio.gather(answering, ticking, return_exceptions=True)
+            progress.end()
             await asyncio.to_thread(sink.sync)
         if request.max_errors.passed(sink.tally, final=True):
             raise too_many(sink.tally, None)
@@ -104,6 +105,7 @@ class _RayRun:
         )
         reading.composer.check(self._source.columns)
         self._blocks = Blocks(reading)
+        self._progress.begin()
         return self._blocks
 
     def take(self, result: RowResult) -> None:

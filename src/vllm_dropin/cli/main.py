@@ -21,6 +21,7 @@ COMMANDS = {
     "score": "answer every row of a file",
     "check": "say what serve would do with a folder, and what is wrong with it",
     "build": "write the image context that a platform builds",
+    "init": "begin a model folder",
     "upgrade-check": "say which flags of a folder another vLLM would not take as they are",
 }
 _INTERRUPTED = 130

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         findings = examine(Path(args.folder), args.to, args.old, args.engine_python, args.engine_args)
     except DropinError as error:
         if args.json:
-            print(output.to_json({"ok": False, "error": {"code": error.code, "message": error.message}}))
+            told = {"code": error.code, "message": error.message, "remedy": error.remedy}
+            print(output.to_json({"ok": False, "error": told}))
         raise
     print(output.to_json(_document(findings)) if args.json else _text(findings))
     sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""What `init` writes: the beginning of a model folder."""

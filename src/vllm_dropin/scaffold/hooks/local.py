@@ -1,0 +1,69 @@
+"""Copies the model from a folder of this machine, such as a mounted share, into vllm/ before the engine starts.
+
+Runtime parameters: model_location (an absolute path). Where the share is fast and always there, `model` can name that
+folder and this file is not needed.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datarobot_drum import RuntimeParameters
+
+
+def load_model(code_dir: str) -> None:
+    """Called once, before the engine starts."""
+    into_place(Path(code_dir) / "vllm", fetch)
+
+
+def fetch(folder: Path) -> None:
+    source = Path(location())
+    if not source.is_absolute() or not source.is_dir():
+        raise ValueError(f"model_location is {str(source)!r}; it has to be the absolute path of a folder that is there")
+    print(f"copying {source}", flush=True)
+    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+
+
+def location() -> str:
+    """The parameter that says where the weights are. Raises ValueError when it is not set."""
+    place = parameter("model_location")
+    if not place:
+        raise ValueError("the runtime parameter model_location is not set: it says where the weights are")
+    return str(place)
+
+
+def parameter(name: str) -> Any:
+    """A runtime parameter; None when the folder does not define it, or nobody set it."""
+    return RuntimeParameters.get(name) if RuntimeParameters.has(name) else None
+
+
+def into_place(target: Path, fetch: Callable[[Path], None]) -> None:
+    """Fill `target` by `fetch`, all or nothing: it writes into a draft beside it, which is renamed when it is whole.
+
+    A start that is cut off leaves no half model behind, and two starts at once don't write into each other.
+    """
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # goes with the process, however it ends
+        if target.is_dir() and any(not entry.name.startswith(".") for entry in target.iterdir()):
+            print(f"{target} has weights already: nothing is fetched")
+            return
+        for leftover in target.parent.glob(".vllm-draft-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        draft = Path(tempfile.mkdtemp(prefix=".vllm-draft-", dir=target.parent))
+        try:
+            fetch(draft)
+            if not any(draft.iterdir()):
+                raise FileNotFoundError("there are no files at the place that model_location names")
+            draft.chmod(0o755)  # the engine may run as another user
+            shutil.rmtree(target, ignore_errors=True)  # nothing in it but hidden files, as seen above
+            draft.rename(target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        print(f"weights are in {target}")
+    finally:
+        os.close(descriptor)

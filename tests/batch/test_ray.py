@@ -289,6 +289,7 @@ def test_an_engine_dies_with_its_replica_and_all_with_the_command(tmp_path: Path
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_the_real_engine_on_a_cluster_of_its_own(tmp_path: Path) -> None:
     if not os.environ.get("VLLM_DROPIN_ENGINE_PYTHON"):
         pytest.skip("VLLM_DROPIN_ENGINE_PYTHON does not name a Python with vLLM")

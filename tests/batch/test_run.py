@@ -18,6 +18,7 @@ import pytest
 
 from tests.batch.conftest import Scoring
 from tests.conftest import wait_until
+from vllm_dropin.batch.pace import FIRST
 
 
 def answered(folder: Path) -> int:
@@ -147,14 +148,15 @@ def test_broken_rows_of_ten_kinds_fail_and_no_others(scoring: Scoring) -> None:
 def test_too_many_errors_stop_early_and_keep_everything(scoring: Scoring, limit: str, enough: str) -> None:
     prompts = (("status=400 " if place % 25 == 3 else "fine ") + str(place) for place in range(100))
     scoring.write_csv("rows.csv", [*prompts, *(f"later {place}" for place in range(20))])
-    done = scoring.run("rows.csv", "-o", "out.csv", "--max-errors", limit, code=65)
+    words = ("rows.csv", "-o", "out.csv", "--concurrency", "16", "--max-errors")
+    done = scoring.run(*words, limit, code=65)
     assert "rows failed" in done.stderr and "--max-errors" in done.stderr
     assert not (scoring.folder / "out.csv").exists()
     kept = answered(scoring.folder)
     assert kept > 0
-    scoring.run("rows.csv", "-o", "out.csv", "--max-errors", enough)
+    scoring.run(*words, enough)
     assert sum(bool(row["error"]) for row in scoring.read_csv("out.csv")) == 4
-    assert scoring.engine.stats()["finished"] <= 120 + 64
+    assert scoring.engine.stats()["finished"] <= 120 + 16
 
 
 def test_changed_input_and_parameters_are_refused(scoring: Scoring) -> None:
@@ -276,7 +278,7 @@ def test_ctrl_c_in_a_terminal_stops_cleanly_and_says_how_to_go_on(scoring: Scori
     assert f"{kept} answered rows are kept" in text.replace(",", "")
     scoring.run("rows.csv", "-o", "out.csv")
     assert len(scoring.read_csv("out.csv")) == 1500
-    assert scoring.engine.stats()["finished"] == 1500
+    assert scoring.engine.stats()["finished"] <= 1500 + FIRST  # those in flight may have been done by then
 
 
 def test_sigterm_keeps_what_was_answered(scoring: Scoring) -> None:

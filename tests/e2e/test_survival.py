@@ -75,7 +75,8 @@ def test_a_client_that_leaves_ends_the_engines_work(real_service):
         )
 
     with httpx2.stream("POST", f"{real_service.url}/v1/chat/completions", json=LONG_STREAM, timeout=60) as stream:
-        next(stream.iter_bytes())
+        chunks = stream.iter_bytes()  # kept: a collected iterator closes the connection
+        next(chunks)
         real_service.wait_for(lambda: running() == 1, 5, "the request does not run")
     real_service.wait_for(lambda: running() == 0, 3, "the request still runs")
 

@@ -23,7 +23,8 @@ def resident_mebibytes(pid: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
-def test_a_worker_is_small(gateway: GatewayProcess) -> None:
+def test_a_worker_is_small(stage: Stage) -> None:
+    gateway = stage.gateway()
     gateway.chat("hello")
     assert resident_mebibytes(gateway.workers[0].pid) < 90
 

@@ -150,3 +150,19 @@ def test_a_row_that_is_cancelled_when_its_place_comes_hands_it_on() -> None:
         assert first.cancelled()
 
     run(test)
+
+
+def test_places_come_free_while_those_who_wait_are_cancelled() -> None:
+    async def test() -> None:
+        gate = Gate(1)
+        await gate.acquire()
+        waiting = [asyncio.create_task(gate.acquire()) for _ in range(3)]
+        await settle()
+        for row in waiting[:2]:
+            row.cancel()
+        gate.release()  # before the cancelled ones have run
+        await asyncio.wait_for(waiting[2], 1)
+        gate.release()
+        await asyncio.wait_for(gate.acquire(), 1)
+
+    run(test)

@@ -51,8 +51,6 @@ class Gate:
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():
                 self.release()  # given a place and cancelled in the same turn of the loop: hand it on
-            else:
-                self._waiters.remove(waiter)
             raise
 
     def release(self) -> None:
@@ -61,8 +59,10 @@ class Gate:
 
     def _wake(self) -> None:
         while self._waiters and self._held < self._limit:
-            self._held += 1
-            self._waiters.popleft().set_result(None)
+            waiter = self._waiters.popleft()
+            if not waiter.done():  # else it was cancelled, and has not run since
+                self._held += 1
+                waiter.set_result(None)
 
     @contextmanager
     def suspicion(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ Exit codes follow sysexits.h: 0 asked stop, 65 too many failed rows, 70 restart 
     ├── ModelError (78)             weights that can't be served
     ├── HookError (78)              custom.py failed
     ├── DownloadError (78)          the hub did not give the model
+    ├── PlatformError (78)          the platform refuses what push asks, or what it builds fails
     ├── EngineError (70)            the engine would not stay up
     ├── InputOutputError (74)       disk or remote storage
     │   └── EngineAwayError         the server that answers rows is gone for now
@@ -91,6 +92,13 @@ class DownloadError(DropinError):
 
     exit_code = 78
     code = "download"
+
+
+class PlatformError(DropinError):
+    """The platform refuses a call (no right, no such thing, a value it does not take), or a build or test failed."""
+
+    exit_code = 78
+    code = "platform"
 
 
 class EngineError(DropinError):

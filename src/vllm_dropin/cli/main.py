@@ -22,6 +22,7 @@ COMMANDS = {
     "check": "say what serve would do with a folder, and what is wrong with it",
     "build": "write the image context that a platform builds",
     "init": "begin a model folder",
+    "push": "publish an environment, a model or a deployment on DataRobot",
     "upgrade-check": "say which flags of a folder another vLLM would not take as they are",
 }
 _INTERRUPTED = 130

@@ -112,6 +112,7 @@ def test_a_node_dies_and_every_row_has_one_answer(nodes: Nodes, scoring: Scoring
     assert not journal.exists()
 
 
+@pytest.mark.slow
 def test_runs_with_and_without_ray_go_on_with_each_other(nodes: Nodes, scoring: Scoring) -> None:
     write_slow_rows(scoring)
     scoring.run("rows.csv", "-o", "undisturbed.csv")

@@ -81,20 +81,21 @@ def test_from_standard_input_to_standard_output(quick: Scoring) -> None:
     assert sorted(map(json.loads, unordered.stdout.splitlines()), key=lambda record: record["row_id"]) == records
 
 
-def test_sigkill_at_fifty_random_points_loses_and_doubles_nothing(scoring: Scoring) -> None:
+@pytest.mark.parametrize("points", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_sigkill_at_random_points_loses_and_doubles_nothing(scoring: Scoring, points: int) -> None:
     """Each run is killed somewhere between its start and its end, then the same command goes on."""
     scoring.write_csv("rows.csv", (f"question {place} tokens={place % 9 + 1}" for place in range(5000)))
     scoring.run("rows.csv", "-o", "undisturbed.csv")
     expected = (scoring.folder / "undisturbed.csv").read_bytes()
     chance = random.Random(20261124)
     kills = finished = 0
-    while kills < 50 or not finished:
+    while kills < points or not finished:
         output = scoring.folder / "out.csv"
         before = answered(scoring.folder)
         process = scoring.start("rows.csv", "-o", "out.csv", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and answered(scoring.folder) == before:
             time.sleep(0.005)
-        if kills < 50:
+        if kills < points:
             time.sleep(chance.uniform(0, 0.15))
             process.kill()
             kills += process.wait(10) == -signal.SIGKILL
@@ -104,7 +105,7 @@ def test_sigkill_at_fifty_random_points_loses_and_doubles_nothing(scoring: Scori
             output.unlink()
             finished += 1
     # Killed runs had up to 4,096 rows in flight; what they had finished was not asked again.
-    assert scoring.engine.stats()["started"] < 5000 * (finished + 1) + 50 * 4096
+    assert scoring.engine.stats()["started"] < 5000 * (finished + 1) + points * 4096
 
 
 def test_broken_rows_of_ten_kinds_fail_and_no_others(scoring: Scoring) -> None:

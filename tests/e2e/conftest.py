@@ -1,11 +1,11 @@
-"""One start of the real engine for all tests that meet it, and a way to start one more."""
+"""One start of the real engine for all tests that meet it."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,24 +43,32 @@ def start_example(scratch: Path, *flags: str) -> Service:
         raise
 
 
+class Shared:
+    """One service for all tests; started when it is first asked for, and again after a test that has ended it."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._service: Service | None = None
+
+    def get(self) -> Service:
+        if self._service is None or self._service.process is None or self._service.process.poll() is not None:
+            tools = ("--", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+            self._service = start_example(self._folders.mktemp("real"), *tools)
+        return self._service
+
+    def close(self) -> None:
+        if self._service is not None:
+            self._service.stop()
+
+
 @pytest.fixture(scope="session")
-def real_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The example on the real engine, shared by every test that does not end it."""
-    tools = ("--", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    service = start_example(tmp_path_factory.mktemp("real"), *tools)
-    yield service
-    service.stop()
+def _shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    shared = Shared(tmp_path_factory)
+    yield shared
+    shared.close()
 
 
 @pytest.fixture
-def start_real(tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """Start another one, with flags; it is stopped after the test."""
-    started: list[Service] = []
-
-    def begin(*flags: str) -> Service:
-        started.append(start_example(tmp_path, *flags))
-        return started[-1]
-
-    yield begin
-    for service in started:
-        service.stop()
+def real_service(_shared_service: Shared) -> Service:
+    """The example on the real engine, shared by all tests."""
+    return _shared_service.get()

@@ -81,10 +81,12 @@ def test_a_client_that_leaves_ends_the_engines_work(real_service):
     real_service.wait_for(lambda: running() == 0, 3, "the request still runs")
 
 
-def test_sigterm_with_open_streams(start_real):
-    """New work is refused at once, streams that end in time end whole, and nothing is left. Streams that do not end in
-    time are cut at the drain deadline, and the exit code says so."""
-    service = start_real("--drain-timeout", "20")
+def test_sigterm_with_open_streams(real_service):
+    """New work is refused at once, streams that end in time end whole, and nothing is left.
+
+    The last of this file, for it ends the service that all share.
+    """
+    service = real_service
     pids = service.processes()
     ended = []
 

@@ -51,7 +51,7 @@ def main() -> int:
     if machine["load_before"] > 0.5 * machine["cores"]:
         say(f"the machine is busy (load {machine['load_before']:.1f} on {machine['cores']} cores): expect noise")
     figures: list[report.Figure] = []
-    with Bench(arguments.engine_python, arguments.drum, arguments.pairs, arguments.rows, say) as bench:
+    with Bench(arguments.engine_python.absolute(), arguments.drum, arguments.pairs, arguments.rows, say) as bench:
         for name, measure in BENCHMARKS.items():
             if not arguments.names or name in arguments.names:
                 say(f"measuring {name}")

@@ -10,6 +10,7 @@ import re
 import select
 import signal
 import subprocess
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -243,6 +244,15 @@ def test_a_full_disk_ends_the_run_with_what_was_answered(scoring: Scoring, balla
         assert scoring.engine.stats()["finished"] - asked == 1500 - kept
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_journal_may_be_on_another_disk(quick: Scoring) -> None:
+    quick.write_csv("rows.csv", ["a", "b"])
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        assert os.stat(memory).st_dev != os.stat(quick.folder).st_dev
+        quick.run("rows.csv", "-o", "out.csv", "--journal", f"{memory}/journal")
+    assert len(quick.read_csv("out.csv")) == 2
+    assert not list(quick.folder.glob("out.csv.*"))
 
 
 def test_ctrl_c_in_a_terminal_stops_cleanly_and_says_how_to_go_on(scoring: Scoring) -> None:

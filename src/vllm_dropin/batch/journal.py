@@ -246,7 +246,7 @@ class _Log:
         self._dirty = False
         self._closing = threading.Lock()  # `sync` runs in a thread, and a closed descriptor's number is given out again
         if fresh:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         assert self._file is not None
@@ -292,10 +292,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: without it a power cut may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import logging as standard_logging
-import os
 import signal
 import sys
 import threading
@@ -23,7 +22,7 @@ import uvloop
 from vllm_dropin import logging
 from vllm_dropin.batch.inputs import find_inputs
 from vllm_dropin.batch.job import Job, JobOptions
-from vllm_dropin.batch.journal import Journal
+from vllm_dropin.batch.journal import Journal, sync_folder
 from vllm_dropin.batch.outputs import plan_output
 from vllm_dropin.batch.parameters import parse_params
 from vllm_dropin.batch.progress import Progress, closing_words
@@ -224,8 +223,10 @@ class _Run:
 
     def _assemble(self, journal: Journal, rows: int, output: Location, stopped: threading.Event) -> None:
         """The output from the input, read once more, and the journal. A local one is whole when it appears."""
-        new = output.path if output.remote else str(journal.folder / "output")
-        writer = open_writer(new if not output.remote else output.name, self._plan, self._source)
+        # A journal that was put elsewhere may be on another disk, from which nothing can be renamed into place.
+        elsewhere = output.remote or self._request.journal
+        new = _beside(output, ".new") if elsewhere else str(journal.folder / "output")
+        writer = open_writer(new, self._plan, self._source)
         try:
             records = (record for batch in self._source.read() for record in batch)
             for results in journal.parts(rows, ordered=self._request.ordered):
@@ -237,8 +238,7 @@ class _Run:
         except BaseException:
             writer.abort()
             raise
-        if not output.remote:
-            _put_in_place(new, output)
+        _put_in_place(new, output)
 
     def _journal_folder(self, output: Location) -> Path:
         if self._request.journal:
@@ -305,11 +305,7 @@ def _put_in_place(new: str, output: Location) -> None:
         return
     with writing(output.name):
         Path(new).replace(output.path)
-        descriptor = os.open(Path(output.path).parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(Path(output.path).parent)
 
 
 async def _in_thread(work: Callable[[threading.Event], T]) -> T:

@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.load import COLUMN, interleaved
 from benchmarks.report import Figure, at_least
 from benchmarks.service import EXAMPLE, INCUMBENT_ENVIRON, Bench
+from vllm_dropin.batch.asking import AskOptions
 from vllm_dropin.batch.inputs import find_inputs
 from vllm_dropin.batch.job import Job, JobOptions
 from vllm_dropin.batch.journal import Journal
@@ -145,7 +146,7 @@ async def score(
     composer = Composer(RequestOptions(params=params), defaults, server.model, source.format)
     composer.check(source.columns)
     with contextlib.closing(Journal.open(folder / "journal", {})) as journal:
-        options = JobOptions(order=order, concurrency=concurrency)
+        options = JobOptions(order=order, ask=AskOptions(concurrency))
         await Job(source, composer, journal, server, Progress(io.StringIO(), journal.tally), options).run()
         seconds = clock() - started
         assert journal.tally.completion_tokens == len(work.prompts) * work.max_tokens

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from vllm_dropin.batch.order import arrange, shared_by_all
+from vllm_dropin.batch.order import arrange, common
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def test_the_first_rows_of_a_few_groups_go_ahead():
     assert len(set(sent)) == len(sent) == len(window)
 
 
-def test_what_all_rows_begin_with():
-    assert shared_by_all(rows("abcd", "abzz", "abc")) == 2
-    assert shared_by_all(rows("same", "same")) == 4
-    assert shared_by_all([]) == 0
+def test_what_two_texts_begin_with():
+    assert common("abcd", "abzz") == 2
+    assert common("same", "same") == 4
+    assert common(b"", b"bytes") == 0
 
 
 def test_auto_leaves_rows_alone_that_share_nothing():

@@ -35,6 +35,12 @@ def test_the_command_line() -> None:
     )  # fmt: skip
 
 
+def test_the_vllm_command_where_it_works() -> None:
+    assert build(plan(GPU), SOCKET).argv[:6] == (
+        "/e/bin/python", "-m", "vllm.entrypoints.cli.main", "serve", "org/model", "--served-model-name",
+    )  # fmt: skip
+
+
 def test_a_loopback_address_instead_of_a_socket() -> None:
     argv = build(replace(plan(), tcp=("127.0.0.1", 9999)), SOCKET).argv
     assert "--uds" not in argv

@@ -318,6 +318,12 @@ def test_an_old_engine_is_warned_of(resolve: Resolve, version: str, old: bool) -
     assert any(f"vLLM {version} lacks fixes" in warning for warning in warnings) is old
 
 
+@pytest.mark.parametrize(("count", "warned"), [("4", True), ("1", False)])
+def test_several_api_servers_need_the_vllm_command(resolve: Resolve, count: str, warned: bool) -> None:
+    warnings = resolve(config("--api-server-count", count)).warnings
+    assert any("--api-server-count has no effect" in warning for warning in warnings) is warned
+
+
 def test_no_remote_media_unless_hosts_are_listed(resolve: Resolve) -> None:
     words = argv(resolve(config()))
     assert words[words.index("--allowed-media-domains") + 1] == "none.invalid"

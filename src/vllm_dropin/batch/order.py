@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeVar
+from typing import AnyStr, Literal, Protocol, TypeVar
 
 Order = Literal["input", "prefix", "auto"]
 
@@ -39,7 +39,7 @@ def arrange(window: Sequence[P], order: Order, *, last: bool) -> list[P]:
     longest first, so that no long row is left to run alone at the end.
     """
     rows = list(window)
-    if order == "input":
+    if order == "input" or not rows:
         return rows
     if order == "prefix" or _sharing_gain(rows) >= _WORTH_SHARING:
         return _grouped(rows)
@@ -48,19 +48,25 @@ def arrange(window: Sequence[P], order: Order, *, last: bool) -> list[P]:
     return rows
 
 
-def shared_by_all(window: Sequence[Prompted]) -> int:
-    """How many characters all prompts of a window begin with."""
-    texts = [row.prompt for row in window]
-    return _common(min(texts), max(texts)) if texts else 0
+def common(first: AnyStr, second: AnyStr) -> int:
+    """How many characters two texts begin with, found by halving: prompts may be long."""
+    low, high = 0, min(len(first), len(second), _COMPARED)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _grouped(rows: Sequence[P]) -> list[P]:
     """Group after group, by their beginning; of a few groups at a time the first row of each, then the others."""
     ordered = sorted(rows, key=lambda row: row.prompt)
-    apart = shared_by_all(ordered) + _WORTH_SHARING
+    apart = common(ordered[0].prompt, ordered[-1].prompt) + _WORTH_SHARING
     groups: list[list[P]] = []
     for row in ordered:
-        if groups and _common(groups[-1][-1].prompt, row.prompt) >= apart:
+        if groups and common(groups[-1][-1].prompt, row.prompt) >= apart:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -82,16 +88,4 @@ def _sharing_gain(rows: Sequence[Prompted]) -> float:
 
 
 def _shared(texts: Sequence[str]) -> float:
-    return sum(_common(first, second) for first, second in itertools.pairwise(texts)) / (len(texts) - 1)
-
-
-def _common(first: str, second: str) -> int:
-    """How many characters two texts begin with, found by halving: prompts may be long."""
-    low, high = 0, min(len(first), len(second), _COMPARED)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return sum(common(first, second) for first, second in itertools.pairwise(texts)) / (len(texts) - 1)

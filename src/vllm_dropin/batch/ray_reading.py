@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from vllm_dropin.batch.asking import Question
 from vllm_dropin.batch.inputs import InputFile
-from vllm_dropin.batch.job import Question
 from vllm_dropin.batch.order import WINDOW_BYTES, WINDOW_ROWS, Order, arrange
 from vllm_dropin.batch.progress import Position
 from vllm_dropin.batch.ray_errors import Told, in_short

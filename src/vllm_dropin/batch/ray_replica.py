@@ -12,19 +12,17 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from vllm_dropin import logging
-from vllm_dropin.batch.job import Question
-from vllm_dropin.batch.pace import FIRST, Load, Pace, keep_pace
+from vllm_dropin.batch.asking import Asking, AskOptions, Question
+from vllm_dropin.batch.pace import FIRST, Load
 from vllm_dropin.batch.ray_errors import Told
 from vllm_dropin.batch.ray_reading import Table, questions_of
 from vllm_dropin.batch.request import ScoreRequest
 from vllm_dropin.batch.server import Server, serving
 from vllm_dropin.batch.work import engine_fingerprint
-from vllm_dropin.errors import ConfigurationError, DropinError, EngineAwayError
+from vllm_dropin.errors import ConfigurationError, DropinError
 from vllm_dropin.logging import get
 from vllm_dropin.model.secret import Secret
-from vllm_dropin.scoring.gate import Gate
-from vllm_dropin.scoring.results import Fault, RowResult
-from vllm_dropin.scoring.scorer import Scorer
+from vllm_dropin.scoring.results import RowResult
 from vllm_dropin.settings.options import OPTIONS, Flags
 from vllm_dropin.settings.settings import Settings
 
@@ -49,8 +47,7 @@ class Briefing:
     """Variables of the driver's that say something about the folder, the hub or the engine."""
     key: str | None = field(repr=False)
     fingerprint: Mapping[str, object]
-    timeout: float
-    keep_reply: bool
+    ask: AskOptions
 
     @classmethod
     def of(
@@ -70,8 +67,7 @@ class Briefing:
             },
             key=settings.upstream_key.reveal() if settings.upstream_key else None,
             fingerprint=engine_fingerprint(settings, request.model),
-            timeout=settings.limits.request_timeout,
-            keep_reply=keep_reply,
+            ask=AskOptions(request.concurrency, settings.limits.request_timeout, keep_reply),
         )
 
     def settings(self) -> Settings:
@@ -117,13 +113,11 @@ class Replica:
 
     def __init__(self, briefing: Briefing) -> None:
         self._briefing = briefing
-        self._rows: asyncio.Queue[Question] = asyncio.Queue()
+        self._blocks: asyncio.Queue[list[Question]] = asyncio.Queue()
         self._results: list[RowResult] = []
-        self._answered = 0
         self._news = asyncio.Event()
         self._stage = ""
-        self._gate = Gate(briefing.request.concurrency or FIRST)
-        self._load: Load | None = None
+        self._asking: Asking | None = None
         self._server: Server | None = None
         self._described: Described | None = None
         self._told: Told | None = None
@@ -138,8 +132,8 @@ class Replica:
 
     async def ask(self, table: Table) -> None:
         """Queue the questions of a block."""
-        for question in questions_of(table):
-            self._rows.put_nowait(question)
+        if questions := list(questions_of(table)):
+            self._blocks.put_nowait(questions)
 
     async def report(self) -> Report:
         """Answers as soon as there are any; what else there is after a second."""
@@ -154,8 +148,8 @@ class Replica:
             self._stage,
             self._described,
             results,
-            self._gate.limit,
-            self._load,
+            self._asking.limit if self._asking else FIRST,
+            self._asking.load if self._asking else None,
             self._server.restarts if self._server else 0,
             None if self._results else self._told,
         )
@@ -184,9 +178,10 @@ class Replica:
             logging.REDACTOR.learn(settings.secrets())
             async with serving(settings, self._say) as server:
                 self._server = server
+                self._asking = asking = Asking(server, self._briefing.ask)
                 self._described = Described(server.model, server.max_model_len)
                 self._news.set()
-                await self._score(server)
+                await asking.run(self._questions(asking), self._take)
         except DropinError as error:
             self._told = Told.of(error)
         except Exception as error:
@@ -199,50 +194,14 @@ class Replica:
         self._stage = stage
         self._news.set()
 
-    async def _score(self, server: Server) -> None:
-        """Answer what is asked until cancelled. Raises what ends the engine."""
-        scoring = asyncio.create_task(self._answer(server), name="scoring")
-        engine = asyncio.create_task(server.ended(), name="engine-end")
-        tasks = [scoring, engine]
-        if self._briefing.request.concurrency is None:
-            pace = keep_pace(Pace(self._gate), self._look, lambda: self._answered, lambda: server.refused)
-            tasks.append(asyncio.create_task(pace, name="pace"))
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if scoring.done() and isinstance(scoring.exception(), EngineAwayError):
-                await asyncio.wait({engine}, timeout=2.0)  # its own error says more than that it is away
-            for task in (engine, *tasks):
-                if task.done():
-                    await task
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    def _take(self, result: RowResult) -> None:
+        self._results.append(result)
+        self._news.set()
 
-    async def _answer(self, server: Server) -> None:
-        scorer = Scorer[Question](
-            server,
-            lambda question: question.body,
-            self._gate,
-            timeout=self._briefing.timeout,
-            keep_reply=self._briefing.keep_reply,
-        )
-        async with contextlib.aclosing(scorer.score(self._questions(), ordered=False)) as results:
-            async for result in results:
-                if result.fault is Fault.UNAVAILABLE:
-                    raise EngineAwayError(
-                        f"the engine is away: {result.error}",
-                        "Every answered row is kept: give the same command again when it is back.",
-                    )
-                self._results.append(result)
-                self._answered += 1
-                self._news.set()
-
-    async def _questions(self) -> AsyncIterator[Question]:
+    async def _questions(self, asking: Asking) -> AsyncIterator[Question]:
+        block = await self._blocks.get()
+        await asking.warm(block)
         while True:
-            yield await self._rows.get()
-
-    async def _look(self) -> Load | None:
-        if self._server is not None:
-            self._load = await self._server.load()
-        return self._load
+            for question in block:
+                yield question
+            block = await self._blocks.get()

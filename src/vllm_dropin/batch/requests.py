@@ -81,13 +81,6 @@ class Composer:
         """Whether a row may have more than one completion."""
         return "n" in self._row_params or int(self._params.get("n") or 1) > 1
 
-    @property
-    def instruction(self) -> int:
-        """Characters of the system prompt that stands before every row and is no part of its text."""
-        if self._batch or self._options.template is not None or self._messages_column is not None:
-            return 0
-        return len(self._defaults.system_prompt or "")
-
     def check(self, columns: Sequence[str] | None) -> None:
         """Refuse columns in which what the requests are made of is missing. Raises ConfigurationError, naming them.
 

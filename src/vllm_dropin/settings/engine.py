@@ -248,6 +248,8 @@ def _remarks(plan: EnginePlan) -> list[str]:
         remarks.append("trust_remote_code is on: Python code that comes with the model runs with the engine's rights")
     if plan.on("enable_log_requests"):
         remarks.append("--enable-log-requests is on: prompts are written to the log")
+    if (_whole(plan, "api_server_count") or 1) > 1 and not plan.python.command:
+        remarks.append(f"--api-server-count has no effect: {plan.python.distribution} starts one API server only")
     if plan.python.outdated:
         remarks.append(f"vLLM {plan.python.version} lacks fixes of its published advisories: 0.32 or newer has them")
     return remarks

@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.folders import (
     envelope,
     make_folder,
 )
+from tests.model.test_manifest import manifest_of
 
 SCRIPT = Path(sys.executable).with_name("vllm-dropin")
 CANARY = "hf_canary0123456789"
@@ -146,6 +148,51 @@ def test_weights_that_a_hook_may_repair_are_a_warning(tmp_path: Path) -> None:
     done = run(tmp_path, "check", str(make_folder(tmp_path / "m", files)))
     assert done.returncode == 0
     assert "custom.py runs first and may repair it" in done.stdout
+
+
+def bundled(tmp_path: Path, **more: str) -> Path:
+    """A model folder whose weights have a manifest."""
+    weights = {"config.json": b"{}", "model.safetensors": safetensors()}
+    files = {f"vllm/{name}": data for name, data in weights.items()}
+    text = manifest_of(weights).render()
+    folder = make_folder(tmp_path / "m", {**files, "vllm/bundle-manifest.json": text, **more})
+    time.sleep(0.12)  # younger files are hashed each time
+    return folder
+
+
+def test_a_manifest_is_verified_once_for_each_state_of_a_file(tmp_path: Path) -> None:
+    folder = bundled(tmp_path)
+    done = run(tmp_path, "check", str(folder))
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "Manifest verified: 2 file(s), 0 MiB, from org/llama (hub, commit c0ffee)" in lines
+    assert "HF_HUB_OFFLINE 1 the model is complete on this machine" in lines
+    report = json.loads(run(tmp_path, "check", str(folder), "--json").stdout)
+    assert report["weights"]["manifest"] == {
+        "source": {"kind": "hub", "name": "org/llama", "revision": "c0ffee"},
+        "licence": None,
+        "files": 2,
+        "bytes": 2 + len(safetensors()),
+        "computed": 0,
+    }
+
+
+def test_a_flag_that_names_a_hub_keeps_the_engine_online(tmp_path: Path) -> None:
+    folder = bundled(tmp_path, **{"engine_config.json": engine_config("--tokenizer", "org/other")})
+    report = json.loads(run(tmp_path, "check", str(folder), "--json").stdout)
+    assert report["weights"]["manifest"] is not None
+    assert "HF_HUB_OFFLINE" not in [variable["name"] for variable in report["environment"]["added"]]
+
+
+def test_weights_that_are_not_what_the_manifest_says(tmp_path: Path) -> None:
+    folder = bundled(tmp_path)
+    (folder / "vllm" / "model.safetensors").write_bytes(safetensors()[:-1] + b"\1")
+    done = run(tmp_path, "check", str(folder), "--json")
+    assert done.returncode == 78
+    report = json.loads(done.stdout)
+    assert (report["ok"], report["error"]["code"], report["weights"]) == (False, "model", None)
+    assert "model.safetensors has not the content that bundle-manifest.json says" in report["error"]["message"]
+    assert report["error"]["message"] in done.stderr
 
 
 def test_a_model_that_only_the_hook_knows(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -371,3 +372,39 @@ def test_a_token_does_not_leave_over_http(hub: FakeHub, tmp_path: Path, caplog: 
         fetch(hub, tmp_path, HF_TOKEN=TOKEN, HF_ENDPOINT="http://hub.invalid")
     assert "not sent" in caplog.text
     assert TOKEN not in caplog.text
+
+
+def fetch_with(hub: FakeHub, home: Path, **changes: object) -> DownloadResult:
+    """As a bundle asks: with further files, perhaps without pickles."""
+    asked = tuple(replace(reference, **changes) for reference in references("org/llama", {}))  # type: ignore[arg-type]
+    request = DownloadRequest(hub_python(), asked, environ(hub, home), home)
+    return asyncio.run(asyncio.wait_for(download(request, lambda _: None), 60))
+
+
+def test_further_files_are_fetched_though_the_cache_is_complete(hub: FakeHub, tmp_path: Path) -> None:
+    (plain,) = fetch(hub, tmp_path).snapshots
+    assert (plain.repo, plain.commit, set(plain.files)) == ("org/llama", hub.repos["org/llama"].commit, WANTED)
+    hub.repos["org/llama"].files["LICENSE"] = b"as you like"
+    (snapshot,) = fetch_with(hub, tmp_path, also=("README.md", "LICENSE*")).snapshots
+    assert set(snapshot.files) == {*WANTED, "README.md", "LICENSE"}
+    assert (snapshot.folder / "LICENSE").read_bytes() == b"as you like"
+    hub.status = 503
+    assert fetch_with(hub, tmp_path, also=("README.md",)).snapshots[0].files == tuple(sorted({*WANTED, "README.md"}))
+
+
+def test_what_else_the_cache_holds_is_not_told(hub: FakeHub, tmp_path: Path) -> None:
+    first = fetch(hub, tmp_path)
+    assert first.folder is not None
+    (first.folder / "pytorch_model.bin").write_bytes(b"left by somebody else")
+    assert set(fetch(hub, tmp_path).snapshots[0].files) == WANTED
+
+
+def test_weights_that_are_pickles_are_refused_before_they_are_fetched(hub: FakeHub, tmp_path: Path) -> None:
+    files = hub.repos["org/llama"].files
+    for name in [name for name in files if name.endswith((".safetensors", ".index.json"))]:
+        del files[name]
+    with pytest.raises(DownloadError, match=r"as Python pickles \(pytorch_model.bin\).*") as raised:
+        fetch_with(hub, tmp_path, pickles=False)
+    assert "--allow-pickle" in raised.value.remedy
+    assert "pytorch_model.bin" not in hub.fetched()
+    assert "pytorch_model.bin" in fetch(hub, tmp_path).snapshots[0].files

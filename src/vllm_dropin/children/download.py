@@ -42,6 +42,7 @@ SMALL = (
 """What configuration, tokenizers, processors and code read."""
 SMALL_SKIP = ("original/*", "onnx/*", "openvino/*", "coreml/*", ".*")
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "*optimizer.pt", "*scheduler.pt", "*rng_state*")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MODULE_WEIGHTS = "[0-9]_*/*.safetensors"
 """sentence-transformers keeps the weights of its further layers in folders such as `2_Dense`."""
 TOKENIZERS = (
@@ -53,7 +54,11 @@ CONFIGS = ("config.json", "params.json", "adapter_config.json")
 
 @dataclass(frozen=True)
 class Reference:
-    """One repository. `patterns` are weight files by preference: the first that matches any is taken."""
+    """One repository. `patterns` are weight files by preference: the first that matches any is taken.
+
+    `also` are further files, for which the hub is asked even when the cache is complete. Without `pickles`, weights
+    that are Python pickles are refused.
+    """
 
     repo: str
     revision: str | None
@@ -62,6 +67,8 @@ class Reference:
     tokenizer: bool
     code: bool
     code_revision: str | None
+    also: tuple[str, ...] = ()
+    pickles: bool = True
 
     @property
     def wanted(self) -> str:
@@ -93,6 +100,16 @@ def matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:
 def small_files(names: list[str]) -> list[str]:
     skip = set(matching(names, SMALL_SKIP))
     return [name for name in matching(names, SMALL) if name not in skip]
+
+
+def _small_and_also(names: list[str], reference: Reference) -> list[str]:
+    return sorted({*small_files(names), *matching(names, reference.also)})
+
+
+def taken(folder: Path, reference: Reference) -> list[str]:
+    """The files of a snapshot that the reference asks for. The cache may hold more of the same commit."""
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return sorted({*_small_and_also(names, reference), *weight_files(names, reference, read_shards(folder))})
 
 
 def index_of(pattern: str) -> str | None:
@@ -298,7 +315,7 @@ class Downloader:
         def files(chosen: list[str], cache: Path) -> list[File]:
             return [File(reference, commit, name, sizes.get(name, 0), cache) for name in chosen]
 
-        small, weights = files(small_files(names), self._cache), []
+        small, weights = files(_small_and_also(names, reference), self._cache), []
         folder = File(reference, commit, "", 0, self._cache).path
         if reference.patterns:
             self._fetch([file for file in small if file.name.endswith(".index.json")])
@@ -321,6 +338,8 @@ class Downloader:
             raise Refusal("weights", reference, f"its index lists {absent[0]}, which is not there")
         if not chosen:
             raise Refusal("weights", reference, f"no file matches {' or '.join(reference.patterns)}")
+        if not reference.pickles and (refused := matching(chosen, PICKLES)):
+            raise Refusal("pickle", reference, refused[0])
         return chosen
 
     def _fetch(self, files: list[File]) -> None:
@@ -399,10 +418,15 @@ def refusal(error: Exception, reference: Reference) -> Refusal:
     return Refusal("network", reference, detail)
 
 
-def bring_all(references: list[Reference], cache: Path, weights_cache: Path, offline: bool) -> list[Path]:
-    """Every reference and the code that they name, each from the cache where it is complete."""
+def bring_all(
+    references: list[Reference], cache: Path, weights_cache: Path, offline: bool
+) -> list[tuple[str, Path, list[str]]]:
+    """Every reference and the code that they name, each from the cache where it is complete.
+
+    Gives for each its repository, its snapshot and the files in it that were asked for.
+    """
     downloader: Downloader | None = None
-    queue, known, folders = list(references), set(references), []
+    queue, known, found = list(references), set(references), []
     while queue:
         reference = queue.pop(0)
         folder = snapshot(cache, reference.repo, reference.wanted)
@@ -410,7 +434,7 @@ def bring_all(references: list[Reference], cache: Path, weights_cache: Path, off
         startable = not set(lacks) - {"tokenizer"}  # whether it lacks a tokenizer is a guess
         if offline and not startable:
             raise Refusal("offline", reference, ", ".join(lacks))
-        if lacks and not offline:
+        if (lacks or reference.also) and not offline:
             try:
                 downloader = downloader or Downloader(cache, weights_cache)
                 folder = downloader.bring(reference)
@@ -420,20 +444,20 @@ def bring_all(references: list[Reference], cache: Path, weights_cache: Path, off
                     raise reason from error
                 print(f"{reference.repo} is used as it is in the cache: {reason.detail}", flush=True)
         assert folder is not None  # neither complete nor fetched has been refused above
-        folders.append(folder)
+        found.append((reference.repo, folder, taken(folder, reference)))
         for repo in code_repositories(folder) if reference.code else ():
             code = Reference(repo, reference.code_revision, (), (), False, False, None)
             if code not in known:
                 known.add(code)
                 queue.append(code)
-    return folders
+    return found
 
 
 def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
     request = json.loads(arguments[0])
     references = [
-        Reference(**{**entry, "patterns": tuple(entry["patterns"]), "ignore": tuple(entry["ignore"])})
+        Reference(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
         for entry in request["references"]
     ]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are told to the supervisor
@@ -442,7 +466,7 @@ def main(arguments: list[str]) -> int:
     cache = Path(constants.HF_HUB_CACHE)
     weights_cache = Path(request["download_dir"]) if request["download_dir"] else cache
     try:
-        folders = bring_all(references, cache, weights_cache, offline=constants.HF_HUB_OFFLINE)
+        found = bring_all(references, cache, weights_cache, offline=constants.HF_HUB_OFFLINE)
     except Refusal as error:
         tell(
             event="refusal",
@@ -453,7 +477,8 @@ def main(arguments: list[str]) -> int:
             cache=str(cache),
         )
         return 1
-    tell(event="finished", folders=[str(folder) for folder in folders])
+    snapshots = [{"repo": repo, "folder": str(folder), "files": files} for repo, folder, files in found]
+    tell(event="finished", snapshots=snapshots)
     return 0
 
 

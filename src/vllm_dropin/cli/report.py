@@ -12,10 +12,13 @@ from vllm_dropin.engine.command import EngineCommand, build
 from vllm_dropin.engine.weights import WeightReport, check_weights
 from vllm_dropin.errors import DropinError, ModelError
 from vllm_dropin.logging import REDACTOR
+from vllm_dropin.model import hashes, manifest
+from vllm_dropin.model.manifest import Verification
 from vllm_dropin.settings.environment import stripped
 from vllm_dropin.settings.options import Flags
 from vllm_dropin.settings.resolve import load
 from vllm_dropin.settings.settings import Settings
+from vllm_dropin.supervisor.references import bundled
 
 _SOCKET = "engine.sock"
 
@@ -30,6 +33,7 @@ class Report:
     weights: WeightReport | None
     warnings: tuple[str, ...]
     error: DropinError | None = None
+    verification: Verification | None = None
 
 
 def make(flags: Flags, environ: Mapping[str, str]) -> Report:
@@ -37,10 +41,11 @@ def make(flags: Flags, environ: Mapping[str, str]) -> Report:
     settings = load(flags, environ)
     REDACTOR.learn(settings.secrets())
     warnings, weights, error = list(settings.warnings), None, None
-    command = None
+    command, verification = None, None
     if settings.engine is not None:
         if (folder := settings.engine.weights) is not None:
             try:
+                verification = manifest.verify(folder, hashes.cache_file(settings.paths.state_dir, folder))
                 weights = check_weights(folder)
                 warnings += weights.warnings
             except ModelError as found:
@@ -48,16 +53,18 @@ def make(flags: Flags, environ: Mapping[str, str]) -> Report:
                     error = found
                 else:
                     warnings.append(f"{found.message}; custom.py runs first and may repair it")
-        command = _command(settings)
+        command = _command(settings, verified=verification is not None)
     removed = stripped(environ, settings.parameters)
-    return Report(settings, command, removed, weights, tuple(warnings), error)
+    return Report(settings, command, removed, weights, tuple(warnings), error, verification)
 
 
-def _command(settings: Settings) -> EngineCommand | None:
+def _command(settings: Settings, verified: bool) -> EngineCommand | None:
     """The exact command but for the socket's folder, which is made at the start."""
     engine = settings.engine
     if engine is None or engine.model.reference is None:
         return None  # only custom.py, when it has run, can tell the model
+    if verified:
+        engine = bundled(engine, settings.folder.path)
     return build(engine, (settings.paths.runtime_dir or Path("/run/vllm-dropin")) / _SOCKET)
 
 
@@ -81,6 +88,8 @@ def as_text(report: Report) -> str:
         found = report.weights
         size = f"{found.bytes / (1 << 20):,.0f} MiB"
         parts[0] += f"\nWeights       {found.format}, {len(found.files)} file(s), {size}: whole"
+    if report.verification:
+        parts[0] += f"\nManifest      verified: {report.verification}"
     parts.append(f"Settings\n{output.table(rows)}")
     if report.command:
         variables = [(v.name, v.value, v.source) for v in report.command.variables]
@@ -123,6 +132,13 @@ def as_json(report: Report) -> str:
             "format": report.weights.format,
             "files": list(report.weights.files),
             "bytes": report.weights.bytes,
+            "manifest": report.verification and {
+                "source": report.verification.manifest.source.model_dump(),
+                "licence": report.verification.manifest.licence,
+                "files": len(report.verification.manifest.files),
+                "bytes": report.verification.manifest.bytes,
+                "computed": report.verification.computed,
+            },
         },
         "settings": [
             {"name": item.name, "value": _plain(item.value), "source": item.source, "overrode": list(item.overrode)}

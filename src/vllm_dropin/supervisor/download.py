@@ -59,15 +59,31 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """One repository at one commit in the hub's cache; `files` are those of it that were asked for."""
+
+    repo: str
+    folder: Path
+    files: tuple[str, ...]
+
+    @property
+    def commit(self) -> str:
+        """By the layout of the hub's cache."""
+        return self.folder.name
+
+
+@dataclass(frozen=True)
 class DownloadResult:
     """`complete`: the engine can be started offline. `folder` is the model's snapshot, when it was ours to fetch.
 
-    `missing` says what was left to vLLM, and why: then the engine stays online.
+    `missing` says what was left to vLLM, and why: then the engine stays online. `snapshots` are those of the
+    references, in their order, then those of code that they name.
     """
 
     complete: bool
     folder: Path | None
     missing: tuple[str, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
 
 
 async def download(request: DownloadRequest, on_progress: Callable[[Progress], None]) -> DownloadResult:
@@ -83,7 +99,7 @@ async def download(request: DownloadRequest, on_progress: Callable[[Progress], N
     status = await _run(request, ours, conversation.hear)
     if conversation.refusal is not None:
         raise _failure(conversation.refusal, bool(request.environ.get("HF_TOKEN")))
-    if conversation.folders is None:
+    if conversation.snapshots is None:
         raise DownloadError(
             "\n".join([f"the download ended early ({status})", *conversation.last_lines]),
             f"Check that {request.python} has huggingface_hub, and the log above.",
@@ -91,8 +107,8 @@ async def download(request: DownloadRequest, on_progress: Callable[[Progress], N
     for reference in ours:
         if reference.patterns and request.download_dir is not None:
             missing += (f"{reference.repo}: the engine looks in --download-dir only when it is online",)
-    folder = conversation.folders[0] if request.references[0] == ours[0] else None
-    return DownloadResult(not missing, folder, missing)
+    folder = conversation.snapshots[0].folder if request.references[0] == ours[0] else None
+    return DownloadResult(not missing, folder, missing, conversation.snapshots)
 
 
 def _share(request: DownloadRequest) -> tuple[tuple[HubReference, ...], tuple[str, ...]]:
@@ -110,7 +126,7 @@ class _Conversation:
     def __init__(self, on_progress: Callable[[Progress], None]) -> None:
         self._on_progress = on_progress
         self.refusal: Mapping[str, Any] | None = None
-        self.folders: list[Path] | None = None
+        self.snapshots: tuple[Snapshot, ...] | None = None
         self.last_lines: list[str] = []
 
     def hear(self, line: str) -> None:
@@ -126,7 +142,9 @@ class _Conversation:
             case "refusal":
                 self.refusal = said
             case "finished":
-                self.folders = [Path(folder) for folder in said["folders"]]
+                self.snapshots = tuple(
+                    Snapshot(entry["repo"], Path(entry["folder"]), tuple(entry["files"])) for entry in said["snapshots"]
+                )
 
 
 async def _run(
@@ -189,6 +207,11 @@ def _failure(refusal: Mapping[str, Any], token: bool) -> DropinError:
             )
         case "weights":
             return DownloadError(f"{repo} has no weights to load: {detail}", "Check the model id and --load-format.")
+        case "pickle":
+            return DownloadError(
+                f"{repo} has its weights as Python pickles ({detail}), which can run code when they are loaded",
+                "Choose a model that has safetensors, or add --allow-pickle.",
+            )
         case "offline":
             return DownloadError(
                 f"{repo} is not complete in {cache} (lacks {detail}), and HF_HUB_OFFLINE forbids fetching it",

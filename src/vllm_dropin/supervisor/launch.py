@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_dropin.engine.command import EnginePlan, build
 from vllm_dropin.engine.weights import check_weights
 from vllm_dropin.gateway.state import Phase, SharedState
 from vllm_dropin.logging import REDACTOR, get
+from vllm_dropin.model import hashes, manifest
 from vllm_dropin.model.credential import is_secret_name
+from vllm_dropin.model.manifest import Verification
 from vllm_dropin.platforms.events import StatusReporter
 from vllm_dropin.settings.settings import HookSettings, Settings
 from vllm_dropin.supervisor.download import DownloadRequest, Progress, download
@@ -19,7 +22,7 @@ from vllm_dropin.supervisor.engine import EngineKeeper, EngineSite
 from vllm_dropin.supervisor.hook import HookRequest, HookState, run_hook
 from vllm_dropin.supervisor.phases import PhaseBoard
 from vllm_dropin.supervisor.probe import Probe
-from vllm_dropin.supervisor.references import references
+from vllm_dropin.supervisor.references import bundled, flag_values, references
 from vllm_dropin.supervisor.restarts import RestartBudget
 from vllm_dropin.supervisor.runtime import RuntimeFolder
 
@@ -53,6 +56,8 @@ class Launch:
         plan = settings.engine
         assert plan is not None  # an upstream is not launched
         if (weights := plan.weights) is not None:
+            if await self._verify(weights):
+                plan = bundled(plan, settings.folder.path)
             report = await asyncio.to_thread(check_weights, weights)
             for warning in report.warnings:
                 log.warning("%s", warning)
@@ -63,25 +68,8 @@ class Launch:
         return EngineSite(command, settings.folder.path, Probe(target), socket)
 
     async def _run_hook(self, hook: HookSettings) -> Mapping[str, str | None]:
-        settings = self._settings
-        assert settings.engine is not None  # an upstream needs no hook
         self._board.enter(Phase.HOOK, "custom.py is running")
-        state = HookState(settings.paths.state_dir / "hooks" / folder_key(settings.folder.path))
-        if state.unfinished:
-            log.warning("the last run of custom.py did not finish; what it wrote may be incomplete, it runs again")
-        state.started()
-        request = HookRequest(
-            python=settings.engine.python.path,
-            hook_file=hook.file,
-            code_dir=settings.folder.path,
-            environ=settings.environments.hook,
-            timeout=hook.timeout,
-            runtime_dir=self._runtime.path,
-            extra_paths=hook.extra_paths,
-        )
-        result = await run_hook(request, lambda line: hook_log.info("%s", line))
-        state.finished()
-        return result.environ_changes
+        return await run_custom(self._settings, hook, self._runtime)
 
     async def _download(self, settings: Settings, plan: EnginePlan, model: str) -> Settings:
         """Fetch the hub model; the engine starts offline only when everything that its flags name is complete."""
@@ -103,6 +91,51 @@ class Launch:
     def _show(self, progress: Progress) -> None:
         self._board.enter(Phase.DOWNLOADING, str(progress), progress.fraction)
 
+    async def _verify(self, weights: Path) -> Verification | None:
+        """Compare the weights with the manifest of a bundle, where there is one: hundreds of gigabytes take minutes."""
+        loop = asyncio.get_running_loop()
+        stopping = threading.Event()
+
+        def tell(done: int, total: int) -> None:
+            if stopping.is_set():
+                raise InterruptedError
+            fraction = done / total if total else None
+            loop.call_soon_threadsafe(self._board.enter, Phase.LOADING, "verifying weights", fraction)
+
+        cache = hashes.cache_file(self._settings.paths.state_dir, weights)
+        try:
+            found = await asyncio.to_thread(manifest.verify, weights, cache, tell)
+        except asyncio.CancelledError:
+            stopping.set()  # the thread would go on to the last byte, and the process would wait for it
+            raise
+        if found is not None:
+            log.info("the weights are what their manifest says: %s", found)
+        return found
+
+
+async def run_custom(settings: Settings, hook: HookSettings, runtime: RuntimeFolder) -> Mapping[str, str | None]:
+    """Run custom.py as `serve` does, and remember in the state folder whether it finished.
+
+    Gives its changes of the environment. Raises HookError, and InputOutputError for the state folder.
+    """
+    assert settings.engine is not None  # an upstream needs no hook
+    state = HookState(settings.paths.state_dir / "hooks" / folder_key(settings.folder.path))
+    if state.unfinished:
+        log.warning("the last run of custom.py did not finish; what it wrote may be incomplete, it runs again")
+    state.started()
+    request = HookRequest(
+        python=settings.engine.python.path,
+        hook_file=hook.file,
+        code_dir=settings.folder.path,
+        environ=settings.environments.hook,
+        timeout=hook.timeout,
+        runtime_dir=runtime.path,
+        extra_paths=hook.extra_paths,
+    )
+    result = await run_hook(request, lambda line: hook_log.info("%s", line))
+    state.finished()
+    return result.environ_changes
+
 
 def engine_keeper(
     settings: Settings, site: EngineSite, state: SharedState, board: PhaseBoard, reporter: StatusReporter
@@ -118,17 +151,6 @@ def engine_keeper(
         start_timeout=supervision.start_timeout,
         hang_timeout=supervision.hang_timeout,
     )
-
-
-def flag_values(plan: EnginePlan) -> dict[str, Sequence[str]]:
-    """The engine's flags as dest to values; a dotted JSON key is an entry of its own, `dest.key`."""
-    values: dict[str, Sequence[str]] = {}
-    for flag in plan.flags:
-        name, equals, value = flag.tokens[0].partition("=")
-        dotted = name.partition(".")[2]
-        key = f"{flag.dest}.{dotted}" if dotted else flag.dest
-        values[key] = (value, *flag.tokens[1:]) if equals else flag.tokens[1:]
-    return values
 
 
 def folder_key(folder: Path) -> str:

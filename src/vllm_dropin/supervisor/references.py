@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from vllm_dropin.engine.command import EnginePlan
 
 Flags = Mapping[str, str | Sequence[str]]
 """A flag's dest to its value; `speculative_config.model` and its like for keys given as flags of their own."""
@@ -36,7 +38,8 @@ class HubReference:
 
     `patterns` are the weight files by preference, empty for none; `ignore` is vLLM's --ignore-patterns; `tokenizer`
     asks for one; `code` also fetches the repositories whose code its configuration names, at `code_revision`. `left`,
-    when set, is the reason why vLLM fetches it by itself.
+    when set, is the reason why vLLM fetches it by itself. `also` are further files that somebody else than the engine
+    wants, such as the licence; without `pickles`, weights that are Python pickles are refused.
     """
 
     repo: str
@@ -47,6 +50,8 @@ class HubReference:
     code: bool = False
     code_revision: str | None = None
     left: str = ""
+    also: tuple[str, ...] = ()
+    pickles: bool = True
 
     @property
     def weights(self) -> bool:
@@ -62,6 +67,8 @@ class HubReference:
             "tokenizer": self.tokenizer,
             "code": self.code,
             "code_revision": self.code_revision,
+            "also": self.also,
+            "pickles": self.pickles,
         }
 
 
@@ -76,6 +83,26 @@ def references(model: str, flags: Flags, base: Path | None = None) -> tuple[HubR
         if not _local(reference.repo, base):
             found[_judged(reference)] = None
     return tuple(found)
+
+
+def flag_values(plan: EnginePlan) -> dict[str, Sequence[str]]:
+    """The engine's flags as dest to values; a dotted JSON key is an entry of its own, `dest.key`."""
+    values: dict[str, Sequence[str]] = {}
+    for flag in plan.flags:
+        name, equals, value = flag.tokens[0].partition("=")
+        dotted = name.partition(".")[2]
+        key = f"{flag.dest}.{dotted}" if dotted else flag.dest
+        values[key] = (value, *flag.tokens[1:]) if equals else flag.tokens[1:]
+    return values
+
+
+def bundled(plan: EnginePlan, folder: Path) -> EnginePlan:
+    """The plan of a model whose manifest has been verified: it is whole, so the engine starts offline.
+
+    Unless a flag names something else that is on a hub.
+    """
+    assert plan.model.reference is not None  # it has been verified
+    return replace(plan, offline=not references(plan.model.reference, flag_values(plan), folder))
 
 
 class _Reader:

@@ -23,6 +23,7 @@ COMMANDS = {
     "build": "write the image context that a platform builds",
     "init": "begin a model folder",
     "push": "publish an environment, a model or a deployment on DataRobot",
+    "verify": "prove a context and a model folder for a cluster without internet",
     "upgrade-check": "say which flags of a folder another vLLM would not take as they are",
 }
 _INTERRUPTED = 130

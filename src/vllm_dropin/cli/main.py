@@ -21,6 +21,7 @@ COMMANDS = {
     "score": "answer every row of a file",
     "check": "say what serve would do with a folder, and what is wrong with it",
     "build": "write the image context that a platform builds",
+    "bundle": "pack a model folder with its weights, for a machine without internet",
     "init": "begin a model folder",
     "push": "publish an environment, a model or a deployment on DataRobot",
     "verify": "prove a context and a model folder for a cluster without internet",

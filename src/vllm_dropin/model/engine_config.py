@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ def read_engine_config(path: Path) -> EngineConfig:
     except ValueError:  # the one that is left: Python reads no number of more than 4,300 digits
         raise ConfigurationError(f"{FILE_NAME} has a number that is too long to be read", _EXAMPLE) from None
     return EngineConfig(_args(text, data))
+
+
+def render(args: Sequence[str]) -> str:
+    """A file with these arguments."""
+    return json.dumps({"args": list(args)}, indent=2, ensure_ascii=False) + "\n"
 
 
 def _args(text: str, data: Any) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -122,6 +123,7 @@ class GatewayProcess:
             values.pop("engine_uds")
         self.config = GatewayConfig.model_validate({**values, **config})
         self.config.save(folder / "gateway.json")
+        self.trust = ssl.create_default_context(cafile=self.config.tls) if self.config.tls else None
         self.state = SharedState.create(folder / "state", workers)
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.port: int = self.socket.getsockname()[1]
@@ -163,11 +165,24 @@ class GatewayProcess:
         status, _, body = self.ask("GET", path, headers=headers)
         return status, body
 
+    def connect(self, timeout: float = 30) -> http.client.HTTPConnection:
+        """A connection of its own, which trusts the certificate that the gateway was started with, if any."""
+        if self.trust is None:
+            return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout, context=self.trust)
+
+    def renew(self, **config: Any) -> None:
+        """Tell the workers something else and have them read it, as the supervisor would at SIGHUP."""
+        self.config = self.config.model_copy(update=config)
+        self.config.save(self.folder / "gateway.json")
+        for worker in self.workers:
+            worker.send_signal(signal.SIGHUP)
+
     def ask(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
         """One request on a connection of its own; header names in lower case."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = self.connect()
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()

@@ -59,7 +59,7 @@ def test_the_key_column():
 
 
 def test_the_routes_that_answer_at_the_root(app):
-    operations = set(app._platform.operations)
+    operations = set(app._root_routes)
     assert {path for path, (_, _, root) in DOCUMENTED.items() if root} == operations
 
 
@@ -86,7 +86,7 @@ def test_the_default_limits():
         f"| {defaults.json_body >> 20} MiB | `--json-body-limit` |",
         f"| {defaults.row_body >> 20} MiB | `--row-body-limit` |",
         f"| {defaults.held_bytes >> 20} MiB |",
-        f"| {defaults.header_timeout:g} s |",
+        f"| {defaults.idle_timeout:g} s |",
         f"| {defaults.request_timeout:g} s | `DRUM_OPENAI_CLIENT_TIMEOUT`, `NIM_DIRECT_ACCESS_REQUEST_TIMEOUT` |",
     ):
         assert words in text

@@ -84,7 +84,7 @@ def test_other_target_types_are_told_where_to_go(gateway: GatewayProcess, path: 
     "path",
     [
         "/nope", "/v2", "/predict/more", "//ping", "/ping//", "/%2e%2e/ping", "/ping%2f", "/x/../ping", "/./ping",
-        "/pause", "/update_weights", "/sleep", "/v1/load_lora_adapter", "/docs", "/openapi.json", "/fake/stats",
+        "/pause", "/update_weights", "/sleep", "/v1/load_lora_adapter", "/docs", "/redoc", "/fake/stats",
         "/directAccess/pause", "/directAccess/health", "/nim/metrics", "/nim/", "/directAccess",
         "/directAccess//v1/models", "/nim/directAccess/v1/models", "/directAccess/../v1/models",
         "/v1/chat/completions/batch",
@@ -259,7 +259,7 @@ def raw(gateway: GatewayProcess, data: bytes, seconds: float = 8) -> bytes:
 
 
 def test_half_a_header_is_cut_off(staged: Stage) -> None:
-    gateway = staged.gateway(limits={"header_timeout": 0.5})
+    gateway = staged.gateway(limits={"idle_timeout": 0.5})
     answer = raw(gateway, b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Slow: ")
     assert b" 200 " not in answer.split(b"\r\n")[0]
 

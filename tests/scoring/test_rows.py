@@ -49,6 +49,7 @@ def test_line_ends_inside_quotes_are_kept_as_they_are() -> None:
         (codecs.BOM_UTF8 + "promptText\nä\n".encode(), None),
         (codecs.BOM_UTF8 + "promptText\nä\n".encode(), "utf-8"),
         (codecs.BOM_UTF8 + '"promptText"\nä\n'.encode(), "UTF8"),
+        (codecs.BOM_UTF8 + "promptText\nä\n".encode(), "latin-1"),
         ("promptText\nä\n".encode("utf-16"), None),
         ("promptText\nä\n".encode("utf-16"), "utf-16"),
         ("promptText\nä\n".encode("utf-16-le"), "utf-16"),

@@ -116,7 +116,7 @@ def test_an_open_door_needs_a_key_or_a_word(plain: Resolve, tmp_path: Path, host
     ("content", "options", "words"),
     [
         (None, {"auth": "key"}, "there are no keys"),
-        ("k\n", {"auth": "none"}, "has keys"),
+        ("k\n", {"auth": "none"}, "there are keys in"),
         ("\n# nothing\n", {}, "has no key"),
         ("two words\n", {}, "spaces"),
         (None, {"auth": "maybe"}, "'maybe' is not key or none"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_N_VARIABLE = "VLLM_MAX_N_SEQUENCES"
+"""vLLM's own bound on `n` and on the width of a beam search, 16,384 by default."""
+
 
 @dataclass(frozen=True)
 class FlagQuirk:

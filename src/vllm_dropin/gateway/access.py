@@ -15,6 +15,10 @@ class Access:
     """The keys, several for rotation. No keys: everybody may ask."""
 
     def __init__(self, keys: Iterable[str]) -> None:
+        self.renew(keys)
+
+    def renew(self, keys: Iterable[str]) -> None:
+        """Accept these from the next request on, and no others."""
         # Digests have one length, so a comparison tells nothing about a key's length either.
         self._digests = tuple(sha256(key.encode()).digest() for key in keys)
 

@@ -8,8 +8,9 @@ request ── headers ≤ 64 KiB ── key ── route ── method ── h
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,9 +18,9 @@ from vllm_dropin import logging
 from vllm_dropin.gateway.access import Access
 from vllm_dropin.gateway.config import GatewayConfig
 from vllm_dropin.gateway.engine_client import EngineClient
-from vllm_dropin.gateway.errors import ClientGone, HttpError, Receive, Scope, Send
+from vllm_dropin.gateway.errors import ClientGone, HttpError, Receive, Scope, Send, retry_after, send_json
 from vllm_dropin.gateway.limits import Admission, Hold
-from vllm_dropin.gateway.openai import INFERENCE_ROUTES, Forwarder, inference_methods
+from vllm_dropin.gateway.openai import INFERENCE_ROUTES, RESPONSE_ROUTES, Forwarder, inference_methods
 from vllm_dropin.gateway.platform import Platform
 from vllm_dropin.gateway.predictions import Predictions
 from vllm_dropin.gateway.request import HEADER_BYTES, Request
@@ -28,6 +29,8 @@ from vllm_dropin.gateway.state import SharedState
 
 _log = logging.get("gateway")
 
+# What a full or broken disk says to a body or an answer that waits there.
+_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 _READ = frozenset({"GET", "HEAD"})
 _WRITE = frozenset({"POST"})
 _DIRECT = frozenset({"GET", "POST", "PUT"})
@@ -50,6 +53,7 @@ class Gateway:
     """The application of one worker. Start it inside a running event loop and `close` it at the end."""
 
     def __init__(self, config: GatewayConfig, state: SharedState, slot_index: int) -> None:
+        self._config = config
         self._slot = slot = state.slots[slot_index]
         self._prefix = config.url_prefix.strip("/")
         self._prefix = f"/{self._prefix}" if self._prefix else ""
@@ -61,7 +65,8 @@ class Gateway:
         self._forwarder = Forwarder(config, state, slot, self._engine, served, admission, hold)
         self._predictions = Predictions(config, state, slot, self._engine, served)
         self._platform = Platform(config, state, self._engine)
-        self._root_routes = {path: Route(_READ, handle) for path, handle in self._platform.operations.items()}
+        operations = {**self._platform.operations, "/openapi.json": self._describe}
+        self._root_routes = {path: Route(_READ, handle) for path, handle in operations.items()}
         self._routes = {**self._root_routes, **self._prefixed_routes()}
 
     @property
@@ -83,6 +88,15 @@ class Gateway:
             routes[path] = Route(_WRITE, self._forwarder.chat, openai=True)
         return routes
 
+    def renew_keys(self, keys: Sequence[str]) -> None:
+        """Accept these keys from the next request on, and no others.
+
+        Raises ValueError when that would open a door that was guarded.
+        """
+        if not keys and self._config.api_keys:
+            raise ValueError("a guarded gateway can't be left without keys")
+        self._access.renew(keys)
+
     async def close(self) -> None:
         await self._engine.close()
 
@@ -97,10 +111,9 @@ class Gateway:
             return
         except HttpError as error:
             await self._refuse(request, error)
-        except Exception:  # noqa: BLE001
-            # The one boundary: whatever it is, the client gets a response and the log gets the traceback.
-            _log.exception("request %s failed", request.id.decode("latin-1"))
-            await self._refuse(request, HttpError(500, "internal error"))
+        except Exception as error:  # noqa: BLE001
+            # The one boundary: whatever it is, the client gets a response and the log gets the reason.
+            await self._refuse(request, _fault(request.id.decode("latin-1"), error))
         if (request.started or 500) >= 500:
             self._slot.add("errors")
 
@@ -113,7 +126,7 @@ class Gateway:
 
     async def _answer(self, request: Request) -> None:
         path = self._inner(request.path)
-        request.openai = path is not None and _openai_shaped(path)
+        request.openai = _openai_shaped(path or request.scope["path"].removeprefix(self._prefix))
         if request.header_bytes > HEADER_BYTES:
             raise HttpError(431, f"the request's headers are larger than {HEADER_BYTES} bytes")
         self._access.require(path, request.method, request.headers)
@@ -153,10 +166,28 @@ class Gateway:
             return None
         return Route(_DIRECT, partial(self._forwarder.direct, path=path), openai=True)
 
+    async def _describe(self, request: Request) -> None:
+        """The routes as OpenAPI describes them."""
+        from vllm_dropin.gateway.openapi import document  # few ask, and a worker starts sooner without it
+
+        methods = {path: route.methods for path, route in self._routes.items()} | RESPONSE_ROUTES
+        inner = (*INFERENCE_ROUTES, *RESPONSE_ROUTES)
+        direct = [prefix + path for prefix in _DIRECT_PREFIXES for path in inner]
+        await send_json(request.send, 200, document(methods, direct, self._config))
+
     async def _predict(self, request: Request) -> None:
         started = time.monotonic()
         await self._predictions(request.scope, request.receive, request.send)
         self._platform.row_times.add(time.monotonic() - started)
+
+
+def _fault(name: str, error: Exception) -> HttpError:
+    """What a client is told of a fault on our side."""
+    if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+        _log.error("request %s can't be kept on disk: %s", name, error.strerror)
+        return HttpError(503, "the server has no room on its disk for the request", [retry_after(5)])
+    _log.error("request %s failed", name, exc_info=error)
+    return HttpError(500, "internal error")
 
 
 def _openai_shaped(path: str) -> bool:

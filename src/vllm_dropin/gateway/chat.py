@@ -12,6 +12,7 @@ from vllm_dropin.gateway.errors import HttpError
 from vllm_dropin.gateway.splice import association_member
 from vllm_dropin.scoring.prompts import GenerationDefaults
 
+MOST_PROMPTS = 2048  # of one request: OpenAI's own bound on the length of its arrays
 LONGEST_ID = 1024  # characters of an association id: it is repeated in every chunk of a stream
 GREEDY = 1e-5  # vLLM takes a temperature below this as 0
 
@@ -28,15 +29,9 @@ def prepare_chat(raw: bytes, config: GatewayConfig, served: str | None, max_mode
     """Apply the model alias and the generation defaults that the request leaves open (contract, section 3).
 
     `served` is the engine's own name for its model; None leaves every name as it is. A body that needs no change keeps
-    its bytes. Raises HttpError 400 when it is not a JSON object.
+    its bytes. Raises HttpError 400 when it is not a JSON object, or asks for more completions than it may.
     """
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        where = f": line {error.lineno} column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise HttpError(400, f"the request body is not valid JSON{where}") from None
-    if not isinstance(body, dict):
-        raise HttpError(400, "the request body must be a JSON object")
+    body = read_request(raw, config.limits.max_n)
     changed = False
     association = None
     if "datarobot_association_id" in body:
@@ -50,6 +45,38 @@ def prepare_chat(raw: bytes, config: GatewayConfig, served: str | None, max_mode
     if config.chat_defaults:
         changed = _apply_defaults(body, config.generation, max_model_len) or changed
     return Chat(json.dumps(body).encode() if changed else raw, _member(association))
+
+
+def read_request(raw: bytes, most: int) -> dict[str, Any]:
+    """The fields of a request that generates, within its bounds (failure mode 22).
+
+    Raises HttpError 400 when it is not a JSON object, asks for more than `most` completions of a prompt, or has more
+    than 2,048 prompts, each of which is a request to the engine.
+    """
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        where = f": line {error.lineno} column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise HttpError(400, f"the request body is not valid JSON{where}") from None
+    if not isinstance(body, dict):
+        raise HttpError(400, "the request body must be a JSON object")
+    for name in ("n", "best_of"):
+        if _is_above(body.get(name), most):
+            raise HttpError(400, f"{name} must be at most {most}: the server's --max-n")
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) > MOST_PROMPTS and not isinstance(prompt[0], int):
+        raise HttpError(400, f"a request may have at most {MOST_PROMPTS} prompts")
+    return body
+
+
+def _is_above(value: object, most: int) -> bool:
+    """Whether a number is above the bound. vLLM takes the text of a number for the number, so that counts too."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return False
+    return isinstance(value, int | float) and value > most
 
 
 def _member(association: object) -> bytes:

@@ -25,9 +25,10 @@ class Limits(BaseModel):
     row_body: int = Field(default=64 << 20, ge=1024)
     spool_above: int = Field(default=8 << 20, ge=0)
     held_bytes: int = Field(default=256 << 20, ge=1 << 20)
+    max_n: int = Field(default=8, ge=1)
     request_timeout: float = Field(default=3600, gt=0)
     direct_timeout: float = Field(default=3600, gt=0)
-    header_timeout: float = Field(default=5, gt=0)
+    idle_timeout: float = Field(default=75, gt=0)
 
 
 class Deployment(BaseModel):
@@ -52,6 +53,7 @@ class GatewayConfig(BaseModel):
     """Everything a worker needs beside the shared state.
 
     `engine_uds` or `engine_url` (scheme, host, port; a path prefix without `/v1` is allowed) says where the engine is.
+    `tls` is the PEM file of certificate and key, None for plain HTTP; another content has another name.
     `served_model` is the name that the engine answers to; a request that names none of `model_aliases` and not
     `served_model` passes its own name through. None means an upstream, which is asked for its name.
     """
@@ -74,16 +76,24 @@ class GatewayConfig(BaseModel):
     deployment: Deployment | None = None
     error_server: bool = False
     api_keys: tuple[str, ...] = ()
+    tls: str | None = None
     limits: Limits = Limits()
     settings: tuple[SettingReport, ...] = ()
     log_level: str = "INFO"
 
     def save(self, path: Path) -> None:
-        """Write it so that only this user can read it: it holds the keys."""
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(self.model_dump_json())
+        """Replace it atomically, so that only this user can read it: it holds the keys."""
+        write_private(path, self.model_dump_json())
 
     @classmethod
     def load(cls, path: Path) -> GatewayConfig:
         return cls.model_validate_json(path.read_bytes())
+
+
+def write_private(path: Path, text: str) -> None:
+    """Put a file with secrets in its place, whole and mode 0600."""
+    temporary = path.with_suffix(".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    temporary.replace(path)

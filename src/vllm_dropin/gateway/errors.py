@@ -14,8 +14,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
-ERROR_BYTES = 16 << 10  # what of an engine's error is passed on (failure mode 21)
+ERROR_BYTES = 16 << 10  # the longest error, ours or the engine's (failure mode 21)
 PIPELINE_ERROR = 513  # DRUM's status for "crashed for good" (contract, section 3)
+
+_MEMBERS = 6  # of an engine's error object that are passed on
 
 _TYPES = {
     400: "invalid_request_error",
@@ -114,14 +116,14 @@ def readable_error(status: int, body: bytes) -> dict[str, Any]:
     if not isinstance(error, dict):
         # Older engines answer flat, FastAPI with `detail`.
         text = payload.get("message") or payload.get("detail") or error or phrase(status)
-        return openai_error(status, _bounded(str(text)))
-    message = _bounded(str(error.get("message", "")))
-    small = {key: value for key, value in error.items() if isinstance(value, int | None) or _short(value)}
+        return openai_error(status, bounded(str(text)))
+    message = bounded(str(error.get("message", "")))
+    small = {key: value for key, value in list(error.items())[:_MEMBERS] if _short(key) and _short(value)}
     return {**_envelope(payload), "error": {**small, "message": message}}
 
 
 def _short(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 256
+    return value is None or isinstance(value, int) or (isinstance(value, str) and _json_size(value) <= 256)
 
 
 def _envelope(payload: dict[str, Any]) -> dict[str, Any]:
@@ -129,10 +131,17 @@ def _envelope(payload: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in payload.items() if key in ("type", "object") and _short(value)}
 
 
-def _bounded(text: str) -> str:
+def bounded(text: str) -> str:
+    """The text without the input that vLLM repeats, cut so that an error with it takes at most 16 KiB as JSON."""
     text = _ECHO.sub("'input': …", text)
-    encoded = text.encode("utf-8", "replace")
-    limit = ERROR_BYTES - 2048  # room for the rest of the object and for escapes
-    if len(encoded) <= limit:
-        return text
-    return encoded[:limit].decode("utf-8", "ignore") + " … (cut)"
+    limit = ERROR_BYTES - 4096  # room for the rest of the object
+    whole = size = _json_size(text)
+    while size > limit:
+        text = text[: len(text) * limit // size]
+        size = _json_size(text)
+    return text if size == whole else text + " … (cut)"
+
+
+def _json_size(text: str) -> int:
+    """Its bytes as JSON, where a control character takes six."""
+    return len(json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace"))

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from io import BytesIO
 from types import TracebackType
 from typing import IO
@@ -97,11 +97,12 @@ class Body:
     def close(self) -> None:
         """Free the bytes and the count of them. Closing twice is harmless."""
         self._parts.clear()
-        if self._spool is not None:
-            self._spool.close()
         if self._hold is not None:
             self._hold.release(self.size)
             self._hold = None
+        if self._spool is not None:
+            with suppress(OSError):  # a full disk, to which closing would still write
+                self._spool.close()
 
     def __enter__(self) -> Body:
         return self

@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_dropin.gateway.chat import Chat, prepare_chat
+from vllm_dropin.gateway.chat import Chat, prepare_chat, read_request
 from vllm_dropin.gateway.config import GatewayConfig
 from vllm_dropin.gateway.engine_client import EngineClient
 from vllm_dropin.gateway.errors import (
     EngineUnavailable,
     Header,
     HttpError,
+    bounded,
     message_error,
     readable_error,
     retry_after,
@@ -51,8 +52,15 @@ INFERENCE_ROUTES: dict[str, frozenset[str]] = {
     "/score": frozenset({"POST"}),
     "/v1/score": frozenset({"POST"}),
 }
+# The same for paths with a part of the client's choosing, as the documents write them.
+RESPONSE_ROUTES: dict[str, frozenset[str]] = {
+    "/v1/responses/{id}": frozenset({"GET"}),
+    "/v1/responses/{id}/cancel": frozenset({"POST"}),
+}
 _RESPONSE = re.compile(r"/v1/responses/[A-Za-z0-9_-]{1,128}(/cancel)?")
 CHAT_PATH = "/v1/chat/completions"
+# Those that take `n`. Audio requests have it in their form, where the engine itself bounds it (supervisor).
+_COUNTED = frozenset({CHAT_PATH, "/v1/completions"})
 
 _REQUEST_HEADERS = (
     "content-type", "accept", "traceparent", "tracestate", "anthropic-version", "anthropic-beta",
@@ -69,7 +77,7 @@ def inference_methods(path: str) -> frozenset[str] | None:
     """The methods of an allow-listed engine path; None for every other path."""
     methods = INFERENCE_ROUTES.get(path)
     if methods is None and (match := _RESPONSE.fullmatch(path)):
-        return frozenset({"POST"}) if match[1] else frozenset({"GET"})
+        return RESPONSE_ROUTES[f"/v1/responses/{{id}}{match[1] or ''}"]
     return methods
 
 
@@ -133,6 +141,8 @@ class Forwarder:
             chat = None
             if to.chat:
                 chat = prepare_chat(body.read(), self._config, await self._served.name(), self._max_model_len())
+            elif request.method == "POST" and to.path in _COUNTED:
+                read_request(body.read(), limits.max_n)
             work = self._admitted(request, to, body, chat) if generates else self._exchange(request, to, None, None)
             await while_connected(request.receive, work)
 
@@ -202,7 +212,7 @@ class Forwarder:
         # The incumbent's own form is that of its own routes; by direct access the engine's status passes there too.
         if self._config.error_status == "drum" and not to.direct and to.path in (CHAT_PATH, "/v1/models"):
             text = f"ERROR: Error code: {status} - {payload!r}"
-            await send_json(request.send, 500, message_error(text), kept)
+            await send_json(request.send, 500, message_error(bounded(text)), kept)
             return
         await send_json(request.send, status, payload, kept)
 

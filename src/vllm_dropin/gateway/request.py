@@ -17,6 +17,7 @@ from vllm_dropin.gateway.errors import (
     Receive,
     Scope,
     Send,
+    bounded,
     message_error,
     openai_error,
     send_json,
@@ -68,7 +69,8 @@ class Request:
 
     async def fail(self, error: HttpError) -> None:
         """Answer with the error, in the shape of the route."""
-        shape = openai_error(error.status, error.message) if self.openai else message_error(error.message)
+        message = bounded(error.message)
+        shape = openai_error(error.status, message) if self.openai else message_error(message)
         await send_json(self.send, error.status, shape, error.headers)
 
 

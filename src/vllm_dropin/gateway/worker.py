@@ -2,7 +2,8 @@
 
 Serves the listening socket that it inherits as descriptor FD, and ends with its parent, the supervisor. Stop it with
 SIGTERM: it takes no new connection and ends when what runs has ended, after 3 s at the latest. The supervisor drains
-first (decision 1). SIGINT is left to the supervisor, because a terminal sends it to the whole group.
+first (decision 1). SIGINT is left to the supervisor, because a terminal sends it to the whole group. At SIGHUP it reads
+CONFIG_JSON again, and takes the keys and the certificate from it.
 """
 
 from __future__ import annotations
@@ -12,53 +13,23 @@ import ctypes
 import os
 import resource
 import signal
-import socket
 import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import uvloop
-from granian._granian import SocketHolder
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
-from granian.server.embed import Server
 
 from vllm_dropin import logging
-from vllm_dropin.gateway.app import create_app
+from vllm_dropin.gateway.app import Gateway, create_app
 from vllm_dropin.gateway.config import GatewayConfig
-from vllm_dropin.gateway.request import HEADER_BYTES
+from vllm_dropin.gateway.server import CONNECTIONS, InheritedServer
 from vllm_dropin.gateway.state import SharedState
 
 STOP_GRACE = 3.0
-CONNECTIONS = 1 << 16  # granian's own bound on open connections; ours are those of limits.py
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.get("gateway")
-
-
-class InheritedServer(Server):
-    """Granian on a socket that the supervisor has bound: its own binding would take SO_REUSEPORT (decision 1)."""
-
-    def __init__(self, app: Any, descriptor: int, header_timeout: float) -> None:
-        super().__init__(
-            app,
-            interface=Interfaces.ASGINL,
-            http=HTTPModes.http1,
-            websockets=False,
-            log_enabled=False,
-            backlog=CONNECTIONS,
-            backpressure=CONNECTIONS,
-            http1_settings=HTTP1Settings(header_read_timeout=int(header_timeout * 1000), max_buffer_size=HEADER_BYTES),
-        )
-        self._descriptor = descriptor
-
-    def _init_shared_socket(self) -> None:
-        with socket.socket(fileno=os.dup(self._descriptor)) as twin:
-            is_unix = twin.family == socket.AF_UNIX
-        # Private to granian and untyped there: pinned in pyproject.toml, tried by tests/gateway/test_worker.py.
-        holder: Any = SocketHolder
-        self._shd: Any = holder(self._descriptor, is_unix, CONNECTIONS)
 
 
 def end_with_parent(parent: int) -> None:
@@ -76,15 +47,25 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-async def serve(config: GatewayConfig, state: SharedState, slot: int, descriptor: int) -> None:
+def find_temporary_folder(runtime: Path) -> None:
+    """Where large bodies wait: TMPDIR or another usual place; where none of them can be written, the runtime folder."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        tempfile.tempdir = str(runtime)
+
+
+async def serve(config_path: Path, config: GatewayConfig, state: SharedState, slot: int, descriptor: int) -> None:
     """Serve until SIGTERM."""
     app = create_app(config, state, slot)
-    server = InheritedServer(app, descriptor, config.limits.header_timeout)
-    stop = asyncio.Event()
+    server = InheritedServer(app, descriptor, config.limits.idle_timeout, config.tls)
+    stop, hangup = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, lambda: None)
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
     serving = asyncio.create_task(server.serve())
+    renewing = asyncio.create_task(_renew(config_path, app, server, hangup))
     # Half of the imports only matter once there is an engine: the socket answers before them.
     warming = asyncio.create_task(asyncio.to_thread(import_module, "vllm_dropin.gateway.transport"))
     stopping = asyncio.create_task(stop.wait())
@@ -93,6 +74,7 @@ async def serve(config: GatewayConfig, state: SharedState, slot: int, descriptor
     if serving.done():
         serving.result()
         raise RuntimeError("the server ended by itself")
+    renewing.cancel()
     server.stop()  # type: ignore[no-untyped-call]
     try:
         await asyncio.wait_for(serving, STOP_GRACE)
@@ -103,15 +85,32 @@ async def serve(config: GatewayConfig, state: SharedState, slot: int, descriptor
     await app.close()
 
 
+async def _renew(config_path: Path, app: Gateway, server: InheritedServer, hangup: asyncio.Event) -> None:
+    """At each SIGHUP, take keys and certificate from the file, which the supervisor has checked and replaced."""
+    while True:
+        await hangup.wait()
+        hangup.clear()
+        try:
+            config = GatewayConfig.load(config_path)
+            logging.REDACTOR.learn(config.api_keys)
+            app.renew_keys(config.api_keys)
+            if config.tls is not None and config.tls != server.pem:
+                await server.renew_certificate(config.tls)
+        except (OSError, ValueError):
+            _log.exception("keys and certificate stay as they were")
+
+
 def main() -> int:
-    config_path, state_path, slot, descriptor = sys.argv[1:5]
-    config = GatewayConfig.load(Path(config_path))
+    config_path, state_path = (Path(text) for text in sys.argv[1:3])
+    slot, descriptor = (int(text) for text in sys.argv[3:5])
+    config = GatewayConfig.load(config_path)
     logging.setup(config.log_level)
     logging.REDACTOR.learn(key for key in (*config.api_keys, config.engine_key) if key)
-    state = SharedState.attach(Path(state_path))
+    state = SharedState.attach(state_path)
+    find_temporary_folder(config_path.parent)
     end_with_parent(state.supervisor_pid)
     _raise_descriptor_limit()
-    uvloop.run(serve(config, state, int(slot), int(descriptor)))
+    uvloop.run(serve(config_path, config, state, slot, descriptor))
     return 0
 
 

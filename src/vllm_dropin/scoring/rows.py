@@ -2,7 +2,7 @@
 
 The rules, chosen so that N rows in are N answers out, in order:
 
-- A byte order mark is dropped. The charset is the caller's, else the one that the mark tells, else UTF-8.
+- A byte order mark is dropped. The charset is the one that the mark tells, else the caller's, else UTF-8.
 - The first line that is not blank is the header. Columns are told apart by commas, cells quoted as in RFC 4180.
 - In a table of one column a blank line between rows is a row with an empty cell: that is how most programs write one.
   In a table of several columns a blank line is no row: an empty record there still has its commas.
@@ -217,6 +217,8 @@ def _encoding(start: bytes, charset: str | None) -> str:
         name = "undefined"
     if name.replace("_", "-") in _REFUSED:
         raise TableError(f"the charset {charset[:40]!r} is unknown", "send UTF-8")
-    if name in ("utf-16", "utf-32") and told != name:
-        return f"{name}-le"  # without a mark Python's decoder refuses; what is written today is little-endian
-    return name
+    if told is not None:
+        # As browsers have it: the mark is in the file, while the name is often what a client says of every file.
+        return told
+    # Without a mark Python's decoder refuses; what is written today is little-endian.
+    return f"{name}-le" if name in ("utf-16", "utf-32") else name

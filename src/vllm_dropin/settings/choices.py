@@ -12,7 +12,7 @@ from typing import TypeVar
 from vllm_dropin.errors import ConfigurationError
 from vllm_dropin.model.nearest import did_you_mean
 from vllm_dropin.settings.cascade import Candidate, Setting, settle
-from vllm_dropin.settings.options import BY_KEY, OPTIONS, Flags
+from vllm_dropin.settings.options import BY_KEY, KEYS_VARIABLE, OPTIONS, Flags
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ def expanded(text: str, place: str) -> Path:
 
 def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
     """A warning for each VLLM_DROPIN_ variable that is no option of ours."""
-    known = {option.variable for option in OPTIONS}
+    known = {option.variable for option in OPTIONS} | {KEYS_VARIABLE}
     return tuple(
         f"{name} is not known{did_you_mean(name, known)}"
         for name in sorted(environ)

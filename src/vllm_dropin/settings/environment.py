@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from vllm_dropin.model.parameters import ENVELOPE_PREFIX, ParameterValues, exported
+from vllm_dropin.settings.options import KEYS_VARIABLE
 
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 PLATFORM_TOKEN = "DATAROBOT_API_TOKEN"  # noqa: S105 (the name of a variable)
@@ -14,8 +15,8 @@ _ENGINE_KEY = "VLLM_API_KEY"
 
 
 def for_hook(environ: Mapping[str, str], parameters: ParameterValues, code_dir: str) -> dict[str, str]:
-    """Everything but the platform's token, with CODE_DIR and the parameters as envelopes."""
-    kept = {name: value for name, value in environ.items() if name != PLATFORM_TOKEN}
+    """Everything but the platform's token and the clients' keys, with CODE_DIR and the parameters as envelopes."""
+    kept = {name: value for name, value in environ.items() if name not in (PLATFORM_TOKEN, KEYS_VARIABLE)}
     return {**kept, **exported(parameters), "CODE_DIR": code_dir}
 
 

@@ -48,13 +48,17 @@ OPTIONS: tuple[Option, ...] = (
         "runtime-params-file", "YAML file of runtime parameter values", "FILE", contract="RUNTIME_PARAMS_FILE"
     ),
     Option("auth", "key, or none: a proxy in front guards the service", "key|none"),
-    Option("api-key-file", "file with one accepted key a line", "FILE"),
+    Option("api-key-file", "file with one accepted key a line, read again at SIGHUP", "FILE"),
+    Option("tls-cert", "certificate chain (PEM) to serve HTTPS with, read again at SIGHUP", "FILE"),
+    Option("tls-key", "its private key (PEM, no passphrase); default: in the file of --tls-cert", "FILE"),
     Option("workers", "gateway processes", "N", "1"),
     Option("max-in-flight", "requests at the engine at once", "N", "256"),
     Option("max-queue", "requests that wait beyond those, before 429", "N", "256"),
     Option("row-concurrency", "rows at the engine at once", "N", "64"),
     Option("json-body-limit", "largest JSON request", "SIZE", "8MiB"),
     Option("row-body-limit", "largest CSV request", "SIZE", "64MiB"),
+    Option("max-n", "completions that a request may ask for each of its prompts", "N", "8"),
+    Option("idle-timeout", "seconds that a connection may be idle, and take for a request's header", "SECONDS", "75"),
     Option("drain-timeout", "seconds for running requests after a stop signal", "SECONDS", "25"),
     Option("hang-timeout", "seconds without progress before the engine is restarted; 0: never", "SECONDS", "120"),
     Option("hook-timeout", "seconds for custom.py", "SECONDS", "7200"),
@@ -72,6 +76,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("logging-level", "debug, info, warning or error", "LEVEL", "info"),
     Option("verbose", "the same as --logging-level debug"),
 )  # fmt: skip
+
+KEYS_VARIABLE = "VLLM_DROPIN_API_KEYS"
+"""Accepted keys, separated by white space. No flag: every user of a machine can read its command lines."""
 
 BY_KEY: Mapping[str, Option] = {option.key: option for option in OPTIONS}
 

@@ -59,8 +59,9 @@ def resolve(folder: ModelFolder, flags: Flags, environ: Mapping[str, str]) -> Se
     _check_target_type(folder, options)
     parameters = read_parameters(folder.metadata, environ, options.file("runtime_params_file"), flags.params)
     warnings += parameters.warnings
-    listen = read_listen(options, warnings)
-    limits = _limits(options, parameters)
+    listen = read_listen(options, environ, warnings)
+    generation = _generation(parameters)
+    limits = _limits(options, parameters, generation)
     upstream, upstream_key = _upstream(options, environ, warnings)
     paths = Paths(_state_dir(options, environ), options.path("runtime_dir"))
     hook_timeout = options.read("hook_timeout", choices.seconds)
@@ -74,7 +75,6 @@ def resolve(folder: ModelFolder, flags: Flags, environ: Mapping[str, str]) -> Se
         warnings += planned.warnings
     else:
         warnings += _ignored_by_upstream(folder, flags)
-    generation = _generation(parameters)
     supervision = _supervision(options, parameters, environ, planned, warnings)
     platform = _platform(environ, parameters, warnings)
     child = environment.for_engine(environ, parameters)
@@ -153,16 +153,33 @@ def _generation(parameters: ParameterValues) -> Generation:
     return generation
 
 
-def _limits(options: Choices, parameters: ParameterValues) -> Limits:
+def _limits(options: Choices, parameters: ParameterValues, generation: Generation) -> Limits:
     return Limits(
         max_in_flight=options.read("max_in_flight", choices.count(1)),
         max_queue=options.read("max_queue", choices.count(0)),
         row_concurrency=options.read("row_concurrency", choices.count(1)),
         json_body=options.read("json_body_limit", choices.size),
         row_body=options.read("row_body_limit", choices.size),
+        max_n=_max_n(options, parameters, generation.n or 1),
+        idle_timeout=options.read("idle_timeout", choices.count(1)),
         request_timeout=parameters.number("DRUM_OPENAI_CLIENT_TIMEOUT") or 3600,
         direct_access_timeout=parameters.number("NIM_DIRECT_ACCESS_REQUEST_TIMEOUT") or 3600,
     )
+
+
+def _max_n(options: Choices, parameters: ParameterValues, n: int) -> int:
+    """How many completions a request may ask for. The default gives way to the folder, whose author is trusted."""
+    most = options.read("max_n", choices.count(1))
+    if n <= most:
+        return most
+    if options.source("max_n") != "default":
+        raise ConfigurationError(
+            f"n is {n} ({parameters.get('n').source}) and max_n is {most} ({options.source('max_n')}): "
+            "every row would be refused",
+            "Lower n, or raise --max-n.",
+        )
+    options.tell("max_n", n, "default: the folder's n")
+    return n
 
 
 def _supervision(

@@ -19,15 +19,38 @@ from vllm_dropin.settings.model_choice import ModelPlan
 
 
 @dataclass(frozen=True)
+class Tls:
+    """A certificate chain and its private key: the files, and what was in them, checked together, as one PEM text."""
+
+    cert: Path
+    key: Path
+    pem: Secret
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Who may ask: all keys, and where they are read again from. `fixed` are those of the environment."""
+
+    accepted: tuple[Secret, ...] = ()
+    fixed: tuple[Secret, ...] = ()
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
 class Listen:
-    """The public address and who may use it (decision 15). `url_prefix` is "" or "/a/b"."""
+    """The public address and who may use it (decision 15). `url_prefix` is "" or "/a/b"; no `tls` means plain HTTP."""
 
     host: str
     port: int
     url_prefix: str
     workers: int
     auth: Literal["key", "none"]
-    api_keys: tuple[Secret, ...]
+    keys: Keys = Keys()
+    tls: Tls | None = None
+
+    @property
+    def api_keys(self) -> tuple[Secret, ...]:
+        return self.keys.accepted
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,8 @@ class Limits:
     row_concurrency: int
     json_body: int
     row_body: int
+    max_n: int
+    idle_timeout: float
     request_timeout: float
     direct_access_timeout: float
 
@@ -108,8 +133,8 @@ class Paths:
 class Environments:
     """The environment of each kind of child (decision 9). Never printed: they hold secrets.
 
-    The hook's has everything but the platform's token, the parameters as envelopes and CODE_DIR. The engine's is in
-    its plan. The download's has the hub token and no other secret.
+    The hook's has everything but the platform's token and the clients' keys, the parameters as envelopes and CODE_DIR.
+    The engine's is in its plan. The download's has the hub token and no other secret.
     """
 
     hook: Mapping[str, str] = field(repr=False)

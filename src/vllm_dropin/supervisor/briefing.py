@@ -2,10 +2,58 @@
 
 from __future__ import annotations
 
-from vllm_dropin.gateway.config import CONTRACT_MODEL, Deployment, GatewayConfig, Limits, SettingReport
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+from vllm_dropin.errors import ConfigurationError
+from vllm_dropin.gateway.config import (
+    CONTRACT_MODEL,
+    Deployment,
+    GatewayConfig,
+    Limits,
+    SettingReport,
+    write_private,
+)
 from vllm_dropin.scoring.prompts import GenerationDefaults
-from vllm_dropin.settings.settings import Generation, Settings
+from vllm_dropin.settings.settings import Generation, Settings, Tls
 from vllm_dropin.supervisor.runtime import RuntimeFolder
+
+TRIAL_TIMEOUT = 20.0
+"""Seconds in which a certificate has to prove itself; it takes a fifth of one."""
+
+
+def brief(settings: Settings, runtime: RuntimeFolder) -> None:
+    """Write what the workers are told, each file whole, in place of what they were told before.
+
+    Raises ConfigurationError when the certificate can't be served, OSError when nothing can be written; what was there
+    before stays then.
+    """
+    config = gateway_config(settings, runtime)
+    if settings.listen.tls is not None and config.tls is not None:
+        _put_certificate(settings.listen.tls, Path(config.tls))
+    config.save(runtime.gateway_config)
+    for file in runtime.path.glob("tls-*.pem"):
+        if str(file) != config.tls:
+            file.unlink()
+
+
+def _put_certificate(tls: Tls, file: Path) -> None:
+    if file.exists():
+        return  # the same as before
+    trial = file.with_name("trial.pem")
+    write_private(trial, tls.pem.reveal())
+    argv = [sys.executable, "-m", "vllm_dropin.gateway.server", str(trial)]
+    try:
+        subprocess.run(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=TRIAL_TIMEOUT, check=True)
+    except subprocess.SubprocessError:
+        trial.unlink()
+        raise ConfigurationError(
+            f"{tls.key} is of a kind that can't be served",
+            "Take RSA of 2048 to 8192 bits, ECDSA on P-256 or P-384, or Ed25519.",
+        ) from None
+    trial.replace(file)
 
 
 def gateway_config(settings: Settings, runtime: RuntimeFolder) -> GatewayConfig:
@@ -35,12 +83,15 @@ def gateway_config(settings: Settings, runtime: RuntimeFolder) -> GatewayConfig:
         ),
         error_server=settings.supervision.error_server,
         api_keys=tuple(key.reveal() for key in settings.listen.api_keys),
+        tls=str(runtime.path / f"tls-{_digest(settings.listen.tls)}.pem") if settings.listen.tls else None,
         limits=Limits(
             max_in_flight=settings.limits.max_in_flight,
             max_queue=settings.limits.max_queue,
             row_concurrency=settings.limits.row_concurrency,
             json_body=settings.limits.json_body,
             row_body=settings.limits.row_body,
+            max_n=settings.limits.max_n,
+            idle_timeout=settings.limits.idle_timeout,
             request_timeout=settings.limits.request_timeout,
             direct_timeout=settings.limits.direct_access_timeout,
         ),
@@ -66,6 +117,10 @@ def generation_defaults(generation: Generation) -> GenerationDefaults:
         n=generation.n,
         temperature=generation.temperature,
     )
+
+
+def _digest(tls: Tls) -> str:
+    return sha256(tls.pem.reveal().encode()).hexdigest()[:16]
 
 
 def _plain(value: object) -> object:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import tempfile
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllm_dropin.engine.quirks import MAX_N_VARIABLE
 from vllm_dropin.errors import ConfigurationError, DrainOverrunError, DropinError
 from vllm_dropin.gateway.state import Phase, SharedState
 from vllm_dropin.logging import REDACTOR, get
 from vllm_dropin.platforms.events import StatusReporter
+from vllm_dropin.settings.access import reread
 from vllm_dropin.settings.settings import Settings
-from vllm_dropin.supervisor.briefing import gateway_config
+from vllm_dropin.supervisor.briefing import brief
 from vllm_dropin.supervisor.engine import EngineKeeper
 from vllm_dropin.supervisor.launch import Launch, engine_keeper
 from vllm_dropin.supervisor.orphans import Orphans
@@ -38,6 +42,7 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._stop = asyncio.Event()
+        self._hangup = asyncio.Event()
         self._keeper: EngineKeeper | None = None
 
     async def run(self) -> int:
@@ -46,6 +51,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._stop.set)
+        terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # nohup's way to stay
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up, terminal)
         public = listen(settings.listen.host, settings.listen.port)
         runtime = RuntimeFolder.create(settings.paths.runtime_dir)
         try:
@@ -53,7 +60,7 @@ class Supervisor:
         finally:
             public.close()
             runtime.remove()
-            for number in STOP_SIGNALS:
+            for number in (*STOP_SIGNALS, signal.SIGHUP):
                 # The loop takes its handlers with it: one more SIGTERM would then change our exit code.
                 loop.remove_signal_handler(number)
                 signal.signal(number, signal.SIG_IGN)
@@ -62,16 +69,17 @@ class Supervisor:
         settings = self._settings
         state = SharedState.create(runtime.state, settings.listen.workers)
         board = PhaseBoard(state, settings.engine.python.version if settings.engine else None)
-        gateway_config(settings, runtime).save(runtime.gateway_config)
+        await asyncio.to_thread(brief, settings, runtime)
         workers = GatewayWorkers(public, runtime, state, settings.environments.gateway)
         await workers.start()
-        log.info("listening on http://%s:%d", *public.getsockname()[:2])
+        log.info("listening on %s://%s:%d", "https" if settings.listen.tls else "http", *public.getsockname()[:2])
         reporter = StatusReporter.of(settings.platform)
         service = asyncio.create_task(self._serve(runtime, state, board, reporter), name="service")
         tasks = {
             asyncio.create_task(self._stop.wait(), name="stop"),
             asyncio.create_task(workers.run(), name="workers"),
             asyncio.create_task(self._reap(workers), name="orphans"),
+            asyncio.create_task(self._renew(workers, runtime), name="renewal"),
             service,
         }
         failure: DropinError | None = None
@@ -114,7 +122,7 @@ class Supervisor:
         self, runtime: RuntimeFolder, state: SharedState, board: PhaseBoard, reporter: StatusReporter
     ) -> None:
         """Prepare and keep the engine, or watch the upstream. Ends only by an error or by cancellation."""
-        settings = self._settings
+        settings = for_clients(self._settings)
         if settings.upstream is not None:
             await watch_upstream(settings, state, board)
             return
@@ -128,6 +136,33 @@ class Supervisor:
         while True:
             await asyncio.sleep(1.0)
             orphans.reap(GuardedProcess.guardians | set(workers.pids))
+
+    def _hang_up(self, terminal: bool) -> None:
+        """SIGHUP: the files have changed; or the terminal that we were started from is gone, and its user with it."""
+        if terminal and not has_terminal():
+            self._stop.set()
+        else:
+            self._hangup.set()
+
+    async def _renew(self, workers: GatewayWorkers, runtime: RuntimeFolder) -> None:
+        """At each SIGHUP, read the keys and the certificate again. What can't be used changes nothing."""
+        while True:
+            await self._hangup.wait()
+            self._hangup.clear()
+            warnings: list[str] = []
+            try:
+                listen = await asyncio.to_thread(reread, self._settings.listen, warnings)
+                REDACTOR.learn(key.reveal() for key in listen.api_keys)
+                settings = replace(self._settings, listen=listen)
+                await asyncio.to_thread(brief, settings, runtime)
+            except (ConfigurationError, OSError) as error:
+                log.error("SIGHUP: keys and certificate stay as they were: %s", error)
+                continue
+            self._settings = settings
+            workers.renew()
+            for warning in warnings:
+                log.warning("%s", warning)
+            log.info("SIGHUP: %d key(s)%s read again", len(listen.api_keys), " and the certificate" * bool(listen.tls))
 
     async def _drain(self, state: SharedState, board: PhaseBoard) -> bool:
         """Refuse new work and wait for what runs. False when the deadline passed first."""
@@ -155,6 +190,26 @@ class Supervisor:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def for_clients(settings: Settings) -> Settings:
+    """The same service, whose engine has the gateway's bound on `n` too, unless the environment names another.
+
+    It also holds where the gateway does not look: in the forms of audio requests.
+    """
+    if settings.engine is None:
+        return settings
+    environ = {MAX_N_VARIABLE: str(settings.limits.max_n), **settings.engine.environ}
+    return replace(settings, engine=replace(settings.engine, environ=environ))
+
+
+def has_terminal() -> bool:
+    """Whether this process has a terminal that is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _running(state: SharedState) -> int:

@@ -88,6 +88,11 @@ class GatewayWorkers:
                 return
             process, born = await self._start(slot), clock()
 
+    def renew(self) -> None:
+        """Have each worker take keys and certificate from its configuration again."""
+        # One that has not come so far as to hear this ends by it, and its successor reads the new file.
+        self._signal(signal.SIGHUP)
+
     async def stop(self, grace: float = 3.0) -> None:
         """SIGTERM, then SIGKILL after `grace` seconds."""
         self._stopping = True

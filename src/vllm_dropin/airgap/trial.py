@@ -88,12 +88,22 @@ class Outcome:
 def hold(plan: Plan, scratch: Path) -> Outcome:
     """Try the folder; `scratch` takes what is written. Everything that was started has ended when this returns.
 
-    Raises EngineError when the trial itself breaks down.
+    Raises EngineError when the trial itself breaks down, SystemExit after SIGTERM.
     """
-    return asyncio.run(_hold(plan, scratch))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return asyncio.run(_hold(plan, scratch))
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 async def _hold(plan: Plan, scratch: Path) -> Outcome:
+    task = asyncio.current_task()
+    assert task is not None
+    # An exception out of a signal's handler would end the loop before all that was started has ended.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     plan_file, result = scratch / "plan.json", scratch / "outcome.json"
     told = {**asdict(plan), "folder": str(plan.folder), "root": str(plan.root) if plan.root else None, "environ": {}}
     plan_file.write_text(json.dumps(told), encoding="utf-8")

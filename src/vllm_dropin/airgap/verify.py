@@ -18,7 +18,8 @@ from vllm_dropin.airgap.unpack import Caps, survey, unpack
 from vllm_dropin.engine.weights import check_weights
 from vllm_dropin.errors import ConfigurationError, ModelError
 from vllm_dropin.logging import REDACTOR
-from vllm_dropin.settings.options import OPTIONS, Flags
+from vllm_dropin.model import hashes, manifest
+from vllm_dropin.settings.options import BY_KEY, OPTIONS, Flags
 from vllm_dropin.settings.resolve import load
 from vllm_dropin.settings.settings import Settings
 
@@ -80,6 +81,7 @@ class _Verification:
         self._context: Context | None = None
         self._folder: Path | None = None
         self._settings: Settings | None = None
+        self._broken = False
 
     def run(self) -> list[Step]:
         steps = {
@@ -157,8 +159,8 @@ class _Verification:
         else:
             _expect_archive(given)
             self._folder = unpack(given, self._scratch / "model").folder
-        flags = Flags(str(self._folder), self._request.flags.options, self._request.flags.params, self._engine_args)
-        settings = load(flags, self._environ)
+        flags = self._request.flags
+        settings = load(Flags(str(self._folder), self._options, flags.params, flags.engine_args), self._environ)
         REDACTOR.learn(settings.secrets())
         self._settings = settings
         parts = ["custom.py" if settings.hook else "no custom.py"]
@@ -175,21 +177,27 @@ class _Verification:
             raise NotChecked("an upstream has the weights")
         if engine.weights is None:
             raise NotChecked("custom.py brings them" if settings.hook else "they are on the hub")
+        cache = hashes.cache_file(settings.paths.state_dir, engine.weights)
         try:
+            bundled = manifest.verify(engine.weights, cache)
             found = check_weights(engine.weights)
         except ModelError as error:
             if settings.hook is None:
+                self._broken = True
                 raise
             raise NotChecked(f"{error.message}; custom.py runs first and may repair it") from None
-        detail = f"{found.format}, {len(found.files)} file(s), {_size(found.bytes)}: whole by their headers"
+        whole = f"whole by {manifest.FILE_NAME}" if bundled else "whole by their headers"
+        detail = f"{found.format}, {len(found.files)} file(s), {_size(found.bytes)}: {whole}"
         return Finding(detail, warnings=found.warnings)
 
     def _try(self) -> Finding:
         settings = self._resolved()
+        if self._broken:
+            raise NotChecked("the weights are broken")
         assert self._folder is not None
         scratch = self._scratch / "trial"
         scratch.mkdir()
-        outcome = trial.hold(self._plan(settings, self._folder, scratch), scratch)
+        outcome = trial.hold(self._plan(settings, self._folder), scratch)
         if not outcome.isolated:
             raise NotChecked(
                 f"the kernel refuses a network namespace ({outcome.why}): run it as root, or let users have namespaces "
@@ -213,8 +221,8 @@ class _Verification:
         return self._settings
 
     @property
-    def _engine_args(self) -> tuple[str, ...]:
-        return self._request.flags.engine_args
+    def _options(self) -> dict[str, str]:
+        return {**self._request.flags.options, "state_dir": str(self._scratch / "state")}
 
     @property
     def _environ(self) -> dict[str, str]:
@@ -232,23 +240,31 @@ class _Verification:
         places = {"HOME": home, "XDG_CACHE_HOME": home / "cache", "HF_HOME": home / "huggingface"}
         return {**environ, **{name: str(place) for name, place in places.items()}}
 
-    def _plan(self, settings: Settings, folder: Path, scratch: Path) -> trial.Plan:
-        flags, column = self._request.flags, settings.generation.prompt_column_name
+    def _plan(self, settings: Settings, folder: Path) -> trial.Plan:
+        request = self._request
         words = ["--address", f"127.0.0.1:{trial.PORT}", "--auth", "none", "--with-error-server"]
-        for param in flags.params:
+        for param in request.flags.params:
             words += ["--param", param]
-        if self._engine_args:
-            words += ["--", *self._engine_args]
+        if request.flags.engine_args:
+            words += ["--", *request.flags.engine_args]
         if self._root is not None:
-            argv = (image_root.PROGRAM, "serve", image_root.CODE_DIR, *words)
-            environ = image_root.environ(self._root, self._request.environ)
-            return trial.Plan(argv, folder, self._request.question, column, self._request.seconds, self._root, environ)
-        options = {key: value for key, value in flags.options.items() if key != "code_dir"}
-        for key, value in {**options, "state_dir": str(scratch / "state")}.items():
-            words[0:0] = [f"--{key.replace('_', '-')}", value]
-        argv = (sys.executable, "-P", "-m", "vllm_dropin.cli.main", "serve", str(folder.absolute()), *words)
-        plan = trial.Plan(argv, folder.resolve(), self._request.question, column, self._request.seconds)
-        return trial.Plan(**{**vars(plan), "environ": self._environ})
+            argv = [image_root.PROGRAM, "serve", image_root.CODE_DIR, *words]
+            environ = image_root.environ(self._root, request.environ)
+        else:
+            options = [text for key, value in self._options.items() for text in (BY_KEY[key].flag, value)]
+            argv = [
+                sys.executable,
+                "-P",
+                "-m",
+                "vllm_dropin.cli.main",
+                "serve",
+                str(folder.absolute()),
+                *options,
+                *words,
+            ]
+            environ = self._environ
+        column = settings.generation.prompt_column_name
+        return trial.Plan(tuple(argv), folder.resolve(), request.question, column, request.seconds, self._root, environ)
 
 
 def _expect_archive(path: Path) -> None:

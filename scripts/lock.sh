@@ -33,6 +33,8 @@ lock cloud.lock ../pyproject.toml --extra cloud --constraint product.lock "$@"
 lock ray.lock ../pyproject.toml --extra ray --constraint product.lock "$@"
 # The platform's SDK for `push`, at the versions that the tests have.
 lock datarobot.lock ../pyproject.toml --extra datarobot --constraint dev.lock "$@"
+# The linter of Dockerfiles that `verify` asks, at the version that the tests have.
+lock verify.lock ../pyproject.toml --extra verify --constraint dev.lock "$@"
 # The cloud clients of model folders' hooks, in the image only.
 lock hooks.lock hooks.in "$@"
 # DRUM itself, which only `make check-contract` installs.

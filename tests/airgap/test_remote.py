@@ -83,13 +83,19 @@ def test_a_fetch_that_was_cut_off_goes_on(tmp_path: Path, url: str) -> None:
     with pytest.raises(InputOutputError):
         Stage(tmp_path, url).fetch(cut)
     seen: list[tuple[int, int]] = []
-    folder = Stage(tmp_path, url).fetch(lambda *state: seen.append(state))
+    stage = Stage(tmp_path, url)
+    folder = stage.fetch(lambda *state: seen.append(state))
+    stage.release()
     assert seen[0][0] > 12 << 20, "what was there is not fetched again"
     assert seen[-1][0] == seen[-1][1]
     assert contents(folder) == {**MODEL, "model.safetensors": LARGE}
     seen.clear()
-    Stage(tmp_path, url).fetch(lambda *state: seen.append(state))
+    stage.fetch(lambda *state: seen.append(state))
     assert seen == []
+    with pytest.raises(ConfigurationError, match="another run is fetching"):
+        Stage(tmp_path, url).fetch(lambda *_: None)
+    stage.remove()
+    assert list((tmp_path / "bundles").iterdir()) == []
 
 
 def test_another_version_is_fetched_anew(tmp_path: Path, url: str) -> None:
@@ -102,17 +108,19 @@ def test_another_version_is_fetched_anew(tmp_path: Path, url: str) -> None:
     with pytest.raises(InputOutputError):
         Stage(tmp_path, url).fetch(cut)
     put(url, {"model.safetensors": LARGE[::-1]})
-    folder = Stage(tmp_path, url).fetch(lambda *_: None)
-    assert contents(folder) == {**MODEL, "model.safetensors": LARGE[::-1]}
+    stage = Stage(tmp_path, url)
+    assert contents(stage.fetch(lambda *_: None)) == {**MODEL, "model.safetensors": LARGE[::-1]}
+    stage.release()
     fsspec.filesystem("s3").rm(f"{url}/tokenizer.json")
-    folder = Stage(tmp_path, url).fetch(lambda *_: None)
-    assert set(contents(folder)) == {*MODEL} - {"tokenizer.json"}
+    assert set(contents(stage.fetch(lambda *_: None))) == {*MODEL} - {"tokenizer.json"}
+    stage.release()
 
 
-def test_names_that_would_leave_the_folder_are_left_out(tmp_path: Path, url: str) -> None:
-    put(url, {"../../evil": b"x", ".hidden": b"x"})
-    folder = Stage(tmp_path, url).fetch(lambda *_: None)
-    assert set(contents(folder)) == set(MODEL)
+def test_names_that_are_no_file_of_the_model_are_left_out(tmp_path: Path, url: str) -> None:
+    put(url, {"../../evil": b"x", ".hidden": b"x", "sub/": b"", "": b""})
+    stage = Stage(tmp_path, url)
+    assert set(contents(stage.fetch(lambda *_: None))) == set(MODEL)
+    stage.release()
     assert [path.name for path in tmp_path.rglob("*evil*")] == []
 
 

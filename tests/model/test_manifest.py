@@ -30,10 +30,13 @@ def manifest_of(files: Mapping[str, bytes]) -> Manifest:
 
 
 def make_weights(path: Path, files: Mapping[str, bytes] = FILES) -> Path:
-    """A folder of weights with its manifest, whose files are old enough for their hashes to be remembered."""
-    make_folder(path, {**files, FILE_NAME: manifest_of(files).render()})
+    """A folder of weights with its manifest."""
+    return make_folder(path, {**files, FILE_NAME: manifest_of(files).render()})
+
+
+def grow_old() -> None:
+    """Wait until a file that has just been written is old enough for its hash to be remembered."""
     time.sleep(0.12)
-    return path
 
 
 def problem(folder: Path) -> str:
@@ -169,16 +172,17 @@ def test_a_hash_is_computed_once_for_each_state_of_a_file(tmp_path: Path) -> Non
         assert found is not None
         return found.computed
 
+    grow_old()
     assert computed() == 3
     assert computed() == 0
     (folder / "config.json").touch()
-    time.sleep(0.12)
+    grow_old()
     assert computed() == 1
     assert computed() == 0
     data = (folder / "config.json").read_bytes()
     (folder / "config.json").unlink()
     (folder / "config.json").write_bytes(data)
-    time.sleep(0.12)
+    grow_old()
     assert computed() == 1
 
 
@@ -187,7 +191,7 @@ def test_a_change_that_keeps_size_and_time_is_seen(tmp_path: Path) -> None:
     folder, cache = make_weights(tmp_path / "vllm"), tmp_path / "hashes.json"
     for name in FILES:
         os.utime(folder / name, (315532800, 315532800))
-    time.sleep(0.12)
+    grow_old()
     assert verify(folder, cache) is not None
     flip(folder)
     os.utime(folder / "model.safetensors", (315532800, 315532800))
@@ -206,6 +210,7 @@ def test_a_file_that_has_just_changed_is_not_remembered(tmp_path: Path) -> None:
 def test_a_damaged_cache_is_done_without(tmp_path: Path, content: str) -> None:
     folder, cache = make_weights(tmp_path / "vllm"), tmp_path / "hashes.json"
     cache.write_text(content)
+    grow_old()
     found = verify(folder, cache)
     assert found is not None
     assert found.computed == 3

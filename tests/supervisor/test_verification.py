@@ -26,7 +26,6 @@ def folder(tmp_path: Path) -> Path:
     weights = folder / "vllm"
     files = {name: path.read_bytes() for name, path in visible_files(weights)}
     (weights / FILE_NAME).write_text(manifest_of(files).render())
-    time.sleep(0.12)
     return folder
 
 

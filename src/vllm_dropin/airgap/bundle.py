@@ -71,6 +71,14 @@ def bundle(request: BundleRequest, flags: Flags, environ: Mapping[str, str], pro
         settings, model = asyncio.run(_gather(settings, runtime, request, progress))
     finally:
         runtime.remove()
+    try:
+        return _write(settings, model, request, progress)
+    finally:
+        if model.stage is not None:
+            model.stage.release()
+
+
+def _write(settings: Settings, model: Model, request: BundleRequest, progress: Progress) -> Bundle:
     if not request.allow_pickle:
         contents.refuse_pickles({f"{WEIGHTS}/{name}": path for name, path in model.files.items()})
     warnings = _check(settings, model)
@@ -88,7 +96,7 @@ def bundle(request: BundleRequest, flags: Flags, environ: Mapping[str, str], pro
 async def _gather(
     settings: Settings, runtime: RuntimeFolder, request: BundleRequest, progress: Progress
 ) -> tuple[Settings, Model]:
-    settings = await run_hook(settings, runtime, progress)
+    settings = await run_hook(settings, runtime, request.keep_hook, progress)
     return settings, await bring(settings, request.allow_pickle, progress)
 
 

@@ -44,14 +44,17 @@ class Model:
     stage: remote.Stage | None = None
 
 
-async def run_hook(settings: Settings, runtime: RuntimeFolder, progress: Progress) -> Settings:
-    """The settings once custom.py has run, where there is one: it may have written the weights."""
+async def run_hook(settings: Settings, runtime: RuntimeFolder, kept: bool, progress: Progress) -> Settings:
+    """The settings once custom.py has run, where there is one: it may have written the weights.
+
+    `kept` says that it goes into the bundle.
+    """
     changes: Mapping[str, str | None] = {}
     if settings.hook is not None:
         progress.say("running custom.py")
         changes = await run_custom(settings, settings.hook, runtime)
         REDACTOR.learn(value for name, value in changes.items() if value and is_secret_name(name))
-        if changes:
+        if changes and not kept:
             progress.say(
                 f"warning: custom.py set {', '.join(sorted(changes))} for the engine: set them at the other side too, "
                 "or keep the hook with --keep-hook"

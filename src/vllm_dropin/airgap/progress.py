@@ -45,6 +45,12 @@ class Progress:
         """A listener for bytes done and all bytes of one stage."""
         return lambda done, total: self.show(f"{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
 
+    def clear(self) -> None:
+        """Take the line back, where it is one that is kept up to date."""
+        with self._lock:
+            self._clear()
+            self._stream.flush()
+
     def _clear(self) -> None:
         if self._terminal and self._width:
             self._stream.write("\r" + " " * self._width + "\r")

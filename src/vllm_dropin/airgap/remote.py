@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -45,37 +46,62 @@ class Stage:
         self.path = state_dir / "bundles" / hashlib.sha256(plain(url).encode()).hexdigest()[:16]
         self._url = url
         self._files = self.path / "files"
-        self._lock = threading.Lock()
+        self._held: int | None = None
 
     def fetch(self, on_progress: Callable[[int, int], None]) -> Path:
-        """Bring every file below the URL. Returns the folder that has them.
+        """Bring every file below the URL. Returns the folder that has them: it is ours until `release` or `remove`.
 
         Raises ConfigurationError (no credentials, nothing there), InputOutputError (network, disk), ModelError.
         """
         files = self._list()
         try:
             self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._forget_others(files)
-            here = sum(min(file.size, self._here(file)) for file in files)
-            total = sum(file.size for file in files)
-            free = shutil.disk_usage(self.path).free
-            if total - here > free:
-                raise InputOutputError(
-                    f"{plain(self._url)} needs {(total - here) / 1e9:.2f} GB more, and {self.path} has "
-                    f"{free / 1e9:.2f} GB left",
-                    "Free some space, or give --state-dir on a larger disk; what was fetched is kept.",
-                )
-            self._fetch(files, _Count(here, total, on_progress))
+            self._take()
+            self._fetch_all(files, on_progress)
         except OSError as error:
+            self.release()
             raise InputOutputError(
                 f"{error.filename or self.path} can't be written: {error.strerror}",
                 "Free some space, or give --state-dir on a larger disk; what was fetched is kept.",
             ) from error
+        except BaseException:
+            self.release()
+            raise
         return self._files
+
+    def _fetch_all(self, files: list[_RemoteFile], on_progress: Callable[[int, int], None]) -> None:
+        self._forget_others(files)
+        here = sum(min(file.size, self._here(file)) for file in files)
+        total = sum(file.size for file in files)
+        free = shutil.disk_usage(self.path).free
+        if total - here > free:
+            raise InputOutputError(
+                f"{plain(self._url)} needs {(total - here) / 1e9:.2f} GB more, and {self.path} has "
+                f"{free / 1e9:.2f} GB left",
+                "Free some space, or give --state-dir on a larger disk; what was fetched is kept.",
+            )
+        self._fetch(files, _Count(here, total, on_progress))
 
     def remove(self) -> None:
         """Give the disk back, once the bundle is there."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let other runs at what was fetched."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _take(self) -> None:
+        """Keep other runs away: two would write into each other's files."""
+        self._held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"another run is fetching {plain(self._url)}", "Wait for it, or stop it; or give another --state-dir."
+            ) from None
 
     def _list(self) -> list[_RemoteFile]:
         place = locate(self._url)
@@ -85,9 +111,11 @@ class Stage:
         root = place.path.rstrip("/") + "/"
         for path, entry in sorted(entries.items()):
             name = PurePosixPath(path.removeprefix(root))
-            if entry["type"] != "file" or not path.startswith(root) or any(part.startswith(".") for part in name.parts):
-                continue  # a stand-in for a folder, a neighbour, or a hidden file
-            if name.is_absolute() or not name.parts or any(ord(letter) < 32 for letter in str(name)):
+            if entry["type"] != "file" or path.endswith("/") or not path.startswith(root):
+                continue  # a folder, a stand-in for one, or a neighbour
+            if any(part.startswith(".") for part in name.parts):
+                continue  # hidden; or it would lead out of the folder
+            if name.is_absolute() or any(ord(letter) < 32 for letter in str(name)):
                 raise ModelError(f"{plain(self._url)} has a file whose name no folder can have: {path!r}")
             location = Location(place.remote.unstrip_protocol(path), path, place.remote)
             files.append(_RemoteFile(str(name), location, location.marks(), int(entry["size"])))

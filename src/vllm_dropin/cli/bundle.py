@@ -53,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # drafts are removed on the way out
     progress = Progress(sys.stderr)
     request = BundleRequest(Path(args.output), args.allow_pickle, args.keep_hook)
-    made = bundle(request, read_flags(args), os.environ, progress)
+    try:
+        made = bundle(request, read_flags(args), os.environ, progress)
+    finally:
+        progress.clear()
     for note in made.notes:
         progress.say(f"note: {note}")
     for warning in made.warnings:

@@ -24,15 +24,19 @@ def run(args: argparse.Namespace) -> int:
     """
     import os
 
+    from vllm_dropin.airgap.progress import Progress
     from vllm_dropin.cli import report
     from vllm_dropin.errors import DropinError
 
+    progress = Progress(sys.stderr)  # hashing takes minutes where there are hundreds of gigabytes
     try:
-        found: Report = report.make(read_flags(args), os.environ)
+        found: Report = report.make(read_flags(args), os.environ, progress.counting("verifying weights"))
     except DropinError as error:
         if args.json:
             print(report.failure_json(error))
         raise
+    finally:
+        progress.clear()
     print(report.as_json(found) if args.json else report.as_text(found))
     sys.stdout.flush()
     if found.error is not None:

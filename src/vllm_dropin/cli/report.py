@@ -36,8 +36,11 @@ class Report:
     verification: Verification | None = None
 
 
-def make(flags: Flags, environ: Mapping[str, str]) -> Report:
-    """Resolve and look at the weights. Raises DropinError for what `serve` would refuse at once."""
+def make(flags: Flags, environ: Mapping[str, str], on_progress: hashes.Progress | None = None) -> Report:
+    """Resolve and look at the weights. Raises DropinError for what `serve` would refuse at once.
+
+    `on_progress` hears of the bytes that are compared with a manifest.
+    """
     settings = load(flags, environ)
     REDACTOR.learn(settings.secrets())
     warnings, weights, error = list(settings.warnings), None, None
@@ -45,7 +48,8 @@ def make(flags: Flags, environ: Mapping[str, str]) -> Report:
     if settings.engine is not None:
         if (folder := settings.engine.weights) is not None:
             try:
-                verification = manifest.verify(folder, hashes.cache_file(settings.paths.state_dir, folder))
+                cache = hashes.cache_file(settings.paths.state_dir, folder)
+                verification = manifest.verify(folder, cache, on_progress)
                 weights = check_weights(folder)
                 warnings += weights.warnings
             except ModelError as found:

@@ -24,7 +24,10 @@ MAX_BYTES = 16 << 20
 MAX_FILES = 100_000
 _MAX_PATH = 1024
 _SHOWN = 3
-_AGAIN = "Compare the checksum of the bundle's archive and unpack it again, into an empty folder; or make it anew."
+_AGAIN = (
+    "Compare the checksum of the bundle's archive and unpack it again, into an empty folder. "
+    f"Where the change is meant, remove {FILE_NAME}."
+)
 _REMAKE = "Make the bundle anew, with the vllm-dropin that is to serve it."
 
 

@@ -29,6 +29,7 @@ class Limits(BaseModel):
     request_timeout: float = Field(default=3600, gt=0)
     direct_timeout: float = Field(default=3600, gt=0)
     idle_timeout: float = Field(default=75, gt=0)
+    body_grace: float = Field(default=30, gt=0)
 
 
 class Deployment(BaseModel):

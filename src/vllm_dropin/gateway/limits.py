@@ -21,8 +21,7 @@ SPOOL_PIECE = 64 << 10
 # bytes; a thread that goes through a file lets go of the interpreter at each read and has it back before the event loop
 # wakes: with the usual 8 KiB the loop stood still for a second, with this it waits 15 ms at most
 SPOOL_BUFFER = 1 << 20
-BODY_GRACE = 30.0  # seconds before a body's pace counts
-BODY_PACE = 16 << 10  # bytes a second that a body must keep up after that, else 408
+BODY_PACE = 16 << 10  # bytes a second that a body must keep up after its time of grace, else 408
 QUEUE_POLL = 0.02  # seconds; a place freed by another worker is only seen by looking
 
 
@@ -119,12 +118,13 @@ async def read_body(
     limit: int,
     *,
     spool_above: int = SPOOL_ABOVE,
+    grace: float = 30.0,
     hold: Hold | None = None,
 ) -> Body:
     """Read one request's body of at most `limit` bytes.
 
     Raises HttpError 413 as soon as the announced or the received size is above `limit`, 408 when the client sends
-    slower than 16 KiB a second for longer than 30 s, 429 when `hold` is full; ClientGone when the client leaves.
+    slower than 16 KiB a second after `grace` seconds, 429 when `hold` is full; ClientGone when the client leaves.
     """
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced) > limit:
@@ -133,7 +133,7 @@ async def read_body(
     started = time.monotonic()
     try:
         while True:
-            patience = started + BODY_GRACE + body.size / BODY_PACE - time.monotonic()
+            patience = started + grace + body.size / BODY_PACE - time.monotonic()
             try:
                 message = await asyncio.wait_for(receive(), max(patience, 0.001))
             except TimeoutError:

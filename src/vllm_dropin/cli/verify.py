@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _OPTIONS = ("engine_python", "hook_path", "hook_timeout", "runtime_params_file")
 _LONG = ("unpack", "folder", "run")
 """Steps that can take long: it is said when they begin."""
-_DETAIL = 100
+_DETAIL = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

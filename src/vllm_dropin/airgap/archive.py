@@ -173,7 +173,9 @@ def _tar(entries: Sequence[Entry], stream: Any, meter: _Meter) -> None:
     """A tar file whose members are in order, owned by 0:0 and dated 1980-01-01."""
     parents = {str(parent) for entry in entries for parent in Path(entry.path).parents} - {"."}
     members: dict[str, Entry | None] = {**dict.fromkeys(parents), **{entry.path: entry for entry in entries}}
-    with tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT, copybufsize=_BLOCK) as archive:
+    with tarfile.TarFile(
+        fileobj=stream, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8", copybufsize=_BLOCK
+    ) as archive:
         for path, entry in sorted(members.items()):
             member = tarfile.TarInfo(path)
             member.mtime = MTIME
@@ -223,6 +225,8 @@ def _locked(descriptor: int, output: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigurationError(f"--output: another run is writing {output}", "Wait for it, or stop it.") from None
+    except OSError:
+        pass  # a file system without locks
     yield
 
 

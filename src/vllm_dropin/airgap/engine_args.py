@@ -8,7 +8,7 @@ flags name are put into `vllm/parts/`, and the flags point there. A file that ne
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -197,11 +197,6 @@ class _Writer:
 def _free_name(name: str, taken: Mapping[str, Path], path: Path) -> str:
     candidates = (name, *(f"{number}-{name}" for number in range(2, 1000)))
     return next(candidate for candidate in candidates if taken.get(f"{PARTS}/{candidate}", path) == path)
-
-
-def repository_parts(repositories: Sequence[str]) -> dict[str, str]:
-    """Each further repository's place below `vllm/`."""
-    return {name: f"{PARTS}/{name.replace('/', '--')}" for name in repositories}
 
 
 def _below_weights(place: str) -> str:

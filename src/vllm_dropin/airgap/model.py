@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from vllm_dropin.airgap import contents, remote
-from vllm_dropin.airgap.engine_args import repository_parts
+from vllm_dropin.airgap.engine_args import PARTS
 from vllm_dropin.airgap.progress import Progress
 from vllm_dropin.errors import ConfigurationError, InputOutputError
 from vllm_dropin.logging import REDACTOR
@@ -24,7 +24,6 @@ from vllm_dropin.supervisor.runtime import RuntimeFolder
 _PAPERS = ("README.md", *(f"{stem}*" for word in ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
                           for stem in (word, word.lower(), word.capitalize())))  # fmt: skip
 """Of a repository, what says how the model may be used: the engine needs none of it."""
-_CONFIG_REMEDY = "Correct engine_config.json or the parameters, and try `vllm-dropin check FOLDER`."
 
 
 @dataclass(frozen=True)
@@ -69,41 +68,47 @@ async def bring(settings: Settings, allow_pickle: bool, progress: Progress) -> M
     """
     plan = settings.engine
     assert plan is not None and plan.model.reference is not None  # settled by run_hook
-    name = plan.model.reference
+    name, local = plan.model.reference, plan.model.local
+    url = local is None and "://" in name
     named = references(name, flag_values(plan), settings.folder.path)
-    url = plan.model.local is None and "://" in name
     wanted = [_with_papers(found, allow_pickle) for found in named if not (url and found.repo == name)]
-    on_hub = plan.model.local is None and not url
     snapshots = await _download(settings, wanted, progress) if wanted else ()
-    main = snapshots[0] if on_hub else None
-    others = _by_repository(wanted, snapshots[1:] if on_hub else snapshots, main)
-    places = repository_parts(list(others))
-    parts = tuple(
-        Part(kind="hub", name=repo, revision=others[repo][0].commit, path=places[repo]) for repo in sorted(others)
-    )
-    files = {
-        f"{places[repo]}/{file}": snapshot.folder / file
-        for repo, found in others.items()
-        for snapshot in found
-        for file in snapshot.files
-    }
-    if main is not None:
-        own = {file: main.folder / file for file in main.files}
-        source = Source(kind="hub", name=main.repo, revision=main.commit)
-        return Model(source, main.folder, {**own, **files}, parts, {**places, main.repo: ""})
     if url:
-        return _from_storage(settings, name, files, parts, places, progress)
-    assert plan.model.local is not None  # neither the hub's nor a URL
-    return _from_folder(settings, plan.model.local, plan.model.source, files, parts, places, progress)
+        return _from_storage(settings, name, _further(snapshots), progress)
+    if local is not None:
+        return _from_folder(settings, local, _further(snapshots), progress)
+    main, *others = snapshots
+    further = _further([snapshot for snapshot in others if snapshot.repo != main.repo])
+    files = {**{file: main.folder / file for file in main.files}, **further.files}
+    source = Source(kind="hub", name=main.repo, revision=main.commit)
+    return Model(source, main.folder, files, further.parts, {**further.places, main.repo: ""})
+
+
+@dataclass(frozen=True)
+class _Further:
+    """Repositories that flags name beside the model: their files and places below `vllm/`."""
+
+    files: Mapping[str, Path]
+    parts: tuple[Part, ...]
+    places: Mapping[str, str]
+
+
+def _further(snapshots: Sequence[Snapshot]) -> _Further:
+    """Flags may name one repository several times, for different files."""
+    places = {snapshot.repo: f"{PARTS}/{snapshot.repo.replace('/', '--')}" for snapshot in snapshots}
+    commits = {snapshot.repo: snapshot.commit for snapshot in snapshots}
+    return _Further(
+        {f"{places[found.repo]}/{file}": found.folder / file for found in snapshots for file in found.files},
+        tuple(Part(kind="hub", name=repo, revision=commit, path=places[repo]) for repo, commit in commits.items()),
+        places,
+    )
 
 
 def _with_papers(reference: HubReference, allow_pickle: bool) -> HubReference:
     if reference.left:
         raise ConfigurationError(
-            f"{reference.repo} can't be bundled: it is {reference.left}"
-            if reference.left.startswith("a")
-            else f"{reference.repo} can't be bundled: {reference.left}",
-            f"Name a whole repository of the hub, a folder, or {', '.join(s + '://' for s in remote.SCHEMES[:2])} URL.",
+            f"{reference.repo} can't be bundled ({reference.left})",
+            "Name a whole repository of the hub or a folder, and a --load-format that reads files.",
         )
     return replace(reference, also=_PAPERS, pickles=allow_pickle)
 
@@ -114,7 +119,8 @@ async def _download(settings: Settings, wanted: Sequence[HubReference], progress
     for reference in wanted:
         if revisions.setdefault(reference.repo, reference.revision) != reference.revision:
             raise ConfigurationError(
-                f"the flags name {reference.repo} at two revisions, and a bundle holds one", _CONFIG_REMEDY
+                f"the flags name {reference.repo} at two revisions, and a bundle holds one",
+                "Let all flags of engine_config.json name the same.",
             )
     progress.say(f"fetching {', '.join(revisions)}")
     request = DownloadRequest(
@@ -132,25 +138,7 @@ async def _download(settings: Settings, wanted: Sequence[HubReference], progress
     return result.snapshots
 
 
-def _by_repository(
-    wanted: Sequence[HubReference], snapshots: Sequence[Snapshot], main: Snapshot | None
-) -> dict[str, list[Snapshot]]:
-    """Snapshots of further repositories. One that is the main model's again is in the bundle already."""
-    found: dict[str, list[Snapshot]] = {}
-    for snapshot in snapshots:
-        if main is None or snapshot.repo != main.repo:
-            found.setdefault(snapshot.repo, []).append(snapshot)
-    return found
-
-
-def _from_storage(
-    settings: Settings,
-    url: str,
-    files: Mapping[str, Path],
-    parts: tuple[Part, ...],
-    places: Mapping[str, str],
-    progress: Progress,
-) -> Model:
+def _from_storage(settings: Settings, url: str, further: _Further, progress: Progress) -> Model:
     scheme = url.partition("://")[0].lower()
     if scheme not in remote.SCHEMES:
         raise ConfigurationError(
@@ -160,30 +148,21 @@ def _from_storage(
     progress.say(f"fetching {remote.plain(url)}")
     stage = remote.Stage(settings.paths.state_dir, url)
     folder = stage.fetch(progress.counting("fetching"))
-    own = contents.weight_files(folder)
+    files = {**contents.weight_files(folder), **further.files}
     source = Source(kind="storage", name=remote.plain(url))
-    return Model(source, folder, {**own, **files}, parts, {**places, url: ""}, stage=stage)
+    return Model(source, folder, files, further.parts, {**further.places, url: ""}, stage=stage)
 
 
-def _from_folder(
-    settings: Settings,
-    local: Path,
-    said_by: str,
-    files: Mapping[str, Path],
-    parts: tuple[Part, ...],
-    places: Mapping[str, str],
-    progress: Progress,
-) -> Model:
+def _from_folder(settings: Settings, local: Path, further: _Further, progress: Progress) -> Model:
     folder = settings.folder.path
     if not local.is_dir():
-        raise ConfigurationError(f"model {local} ({said_by}) is a file", "Name the folder that it is in.")
-    if local.resolve() == folder.resolve() or folder.resolve().is_relative_to(local.resolve()):
+        raise ConfigurationError(f"model {local} is a file", "Name the folder that it is in.")
+    if folder.resolve().is_relative_to(local.resolve()):
         raise ConfigurationError(
-            f"model {local} ({said_by}) is the model folder itself, or around it", f"Move the weights into {WEIGHTS}/."
+            f"model {local} is the model folder itself, or around it", f"Move the weights into {WEIGHTS}/."
         )
     inside = local.is_relative_to(folder)
-    name = f"{PurePosixPath(local.relative_to(folder))}/" if inside else str(local)
-    source = Source(kind="folder", name=name)
+    source = Source(kind="folder", name=f"{PurePosixPath(local.relative_to(folder))}/" if inside else str(local))
     if settings.hook is not None and local == folder / WEIGHTS:
         source = Source(kind="hook", name=settings.hook.file.name)
     cache = hashes.cache_file(settings.paths.state_dir, local)
@@ -193,6 +172,7 @@ def _from_folder(
     except OSError as error:
         raise InputOutputError(f"{error.filename or local} can't be read: {error.strerror}") from None
     own.pop(manifest.FILE_NAME, None)
+    parts = further.parts
     if found is not None:  # a bundle of a bundle: it still comes from where it came from
         source, parts = found.manifest.source, (*found.manifest.parts, *parts)
-    return Model(source, local, {**own, **files}, parts, dict(places), inside=local if inside else None)
+    return Model(source, local, {**own, **further.files}, parts, further.places, inside=local if inside else None)

@@ -102,6 +102,8 @@ class Stage:
             raise ConfigurationError(
                 f"another run is fetching {plain(self._url)}", "Wait for it, or stop it; or give another --state-dir."
             ) from None
+        except OSError:
+            pass  # a file system without locks
 
     def _list(self) -> list[_RemoteFile]:
         place = locate(self._url)

@@ -194,7 +194,7 @@ def test_the_bound_is_the_folders_to_raise(stage: Stage) -> None:
         ("POST", "/v1/chat/completions", {}, b"[" * 100_000),
         ("POST", "/v1/chat/completions", {}, b'{"datarobot_association_id": "' + b"i" * 30_000 + b'"}'),
         ("POST", "/v1/chat/completions", {}, b'{"messages": "' + b"m" * 900_000 + b'"}'),
-        ("POST", "/chat/completions", {}, b'{"messages": [{"content": "hi"}], "model": "' + b"\\u0001" * 30_000 + b'"}'),
+        ("POST", "/chat/completions", {}, b'{"messages": [{"content": "h"}], "model": "' + b"\\u0001" * 30_000 + b'"}'),
         ("POST", "/v1/completions", {}, b'{"model": "' + b'\\"' * 30_000 + b'", "prompt": "hi"}'),
     ],
 )  # fmt: skip

@@ -22,9 +22,10 @@ def test_deadlines(tmp_path: Path) -> None:
 
 
 def test_limits(tmp_path: Path) -> None:
-    options = {"max_in_flight": "3", "max_queue": "4", "row_concurrency": "5"}
+    options = {"max_in_flight": "3", "max_queue": "4", "row_concurrency": "5", "max_n": "6", "idle_timeout": "7"}
     limits = briefed(tmp_path, json_body_limit="6KiB", row_body_limit="7KiB", **options).limits
     assert (limits.max_in_flight, limits.max_queue, limits.row_concurrency) == (3, 4, 5)
+    assert (limits.max_n, limits.idle_timeout) == (6, 7)
     assert (limits.json_body, limits.row_body) == (6 << 10, 7 << 10)
 
 

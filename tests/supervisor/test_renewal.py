@@ -143,6 +143,23 @@ def test_a_worker_that_starts_later_has_what_was_renewed(serving: Serving, keys:
     assert (serving.status(key="key-one"), serving.status(key="key-two")) == (401, 200)
 
 
+def test_signals_while_the_workers_start_do_no_harm(tmp_path: Path, keys: Path) -> None:
+    """They have no handler yet, and five ends in a row would end the service."""
+    service = Serving(tmp_path, "--api-key-file", str(keys), "--workers", "2")
+    try:
+        wait_until(lambda: "listening on" in service.output(), 10)
+        keys.write_text("key-two\n")
+        for _ in range(30):
+            service.process.send_signal(signal.SIGHUP)
+            time.sleep(0.02)
+        wait_until(lambda: {service.status(key="key-two") for _ in range(6)} == {200}, 10)
+        assert {service.status(key="key-one") for _ in range(6)} == {401}
+        assert "starting it again" not in service.output()
+    finally:
+        service.stop()
+    assert service.process.returncode == 0
+
+
 def test_a_key_that_cannot_be_served_ends_the_start(tmp_path: Path) -> None:
     large = make_certificate(tmp_path / "tls", "large", "secp521r1")
     service = Serving(tmp_path, "--tls-cert", str(large.cert), "--tls-key", str(large.key))

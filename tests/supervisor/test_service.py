@@ -154,6 +154,7 @@ def test_stages_are_told_to_the_platform(serve, events):
     assert {body["path"] for body in events.bodies} == {"/api/v2/remoteEvents/"}
     assert set(events.tokens) == {"Bearer platform-token"}
     assert "DATAROBOT_API_TOKEN" not in service.launch().environ
+    assert service.launch().environ["VLLM_MAX_N_SEQUENCES"] == "8"
 
 
 def test_an_engine_that_never_starts_ends_the_service(serve, events):

@@ -64,6 +64,7 @@ async def serve(config_path: Path, config: GatewayConfig, state: SharedState, sl
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # blocked by the supervisor until there is a handler
     serving = asyncio.create_task(server.serve())
     renewing = asyncio.create_task(_renew(config_path, app, server, hangup))
     # Half of the imports only matter once there is an engine: the socket answers before them.

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from vllm_dropin.errors import EngineError
 from vllm_dropin.gateway.state import SharedState
@@ -41,19 +41,20 @@ class GatewayWorkers:
 
     async def _start(self, slot: int) -> asyncio.subprocess.Process:
         descriptor = self._public.fileno()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "vllm_dropin.gateway.worker",
-            str(self._runtime.gateway_config),
-            str(self._runtime.state),
-            str(slot),
-            str(descriptor),
-            stdin=asyncio.subprocess.DEVNULL,
-            env=self._environ,
-            pass_fds=(descriptor,),
-            start_new_session=True,  # a Ctrl-C in the terminal is the supervisor's to handle
-        )
+        with _without(signal.SIGHUP):  # it would end a worker that has no handler yet; the worker takes it up later
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "vllm_dropin.gateway.worker",
+                str(self._runtime.gateway_config),
+                str(self._runtime.state),
+                str(slot),
+                str(descriptor),
+                stdin=asyncio.subprocess.DEVNULL,
+                env=self._environ,
+                pass_fds=(descriptor,),
+                start_new_session=True,  # a Ctrl-C in the terminal is the supervisor's to handle
+            )
         self._processes[slot] = process
         if self._stopping:  # it began while `stop` had already looked at who is there
             process.kill()
@@ -90,7 +91,6 @@ class GatewayWorkers:
 
     def renew(self) -> None:
         """Have each worker take keys and certificate from its configuration again."""
-        # One that has not come so far as to hear this ends by it, and its successor reads the new file.
         self._signal(signal.SIGHUP)
 
     async def stop(self, grace: float = 3.0) -> None:
@@ -110,3 +110,13 @@ class GatewayWorkers:
         for process in self._processes.values():
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
+
+
+@contextlib.contextmanager
+def _without(number: signal.Signals) -> Iterator[None]:
+    """Block a signal in this thread, and in the processes that it starts, for which it then waits."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -59,9 +59,9 @@ def test_a_folder_without_a_manifest_is_not_verified(tmp_path: Path) -> None:
     assert verify(tmp_path / "nowhere") is None
 
 
-def test_hidden_files_do_not_count(tmp_path: Path) -> None:
+def test_hidden_files_and_what_python_leaves_do_not_count(tmp_path: Path) -> None:
     folder = make_weights(tmp_path / "vllm")
-    make_folder(folder, {".gitkeep": "", ".cache/huggingface/x": "x"})
+    make_folder(folder, {".gitkeep": "", ".cache/huggingface/x": "x", "parts/__pycache__/plugin.cpython-311.pyc": "x"})
     assert verify(folder) is not None
 
 

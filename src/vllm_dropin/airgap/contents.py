@@ -16,7 +16,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill"
 """Kinds of files that Python's pickle may be in: loading one can run code."""
 _PICKLE_HEAD = re.compile(rb"\x80[\x02-\x05]")
 _RUBBISH = ("~", ".orig", ".pyc", ".rej", ".swp", ".tmp", ".partial", ".part", ".incomplete")
-_CACHE = "__pycache__"
 _LICENCE = re.compile(r"(licen[cs]e|copying)([._-].*)?", re.IGNORECASE)
 _SCANNED = 1 << 20
 _SECRET_LENGTH = 8
@@ -36,7 +35,7 @@ def folder_files(folder: Path, without: Collection[Path]) -> dict[str, Path]:
         for name, path in visible_files(folder):
             if any(parent in left_out for parent in (path, *path.parents)):
                 continue
-            if _CACHE in PurePosixPath(name).parts or name.endswith(_RUBBISH):
+            if name.endswith(_RUBBISH):
                 continue
             if not path.resolve().is_relative_to(root):
                 raise ConfigurationError(
@@ -59,7 +58,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         if not path.is_file():
             what = "is a link to a folder or to nothing" if path.is_symlink() else "is no file"
             raise ModelError(f"{path} {what}", "Put the files themselves there.")
-        if not (_CACHE in PurePosixPath(name).parts or name.endswith(_RUBBISH)):
+        if not name.endswith(_RUBBISH):
             found[name] = path
     return found
 

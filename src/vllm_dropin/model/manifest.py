@@ -24,6 +24,7 @@ MAX_BYTES = 16 << 20
 MAX_FILES = 100_000
 _MAX_PATH = 1024
 _SHOWN = 3
+_CACHE = "__pycache__"
 _AGAIN = (
     "Compare the checksum of the bundle's archive and unpack it again, into an empty folder. "
     f"Where the change is meant, remove {FILE_NAME}."
@@ -151,13 +152,14 @@ def verify(folder: Path, cache: Path | None = None, on_progress: Progress | None
 
 
 def visible_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The entries of a folder and those below that are no folders, by relative path, sorted; hidden ones left out.
+    """The entries of a folder and those below that are no folders, by relative path, sorted.
 
-    A link to a folder is an entry: it is not followed. Raises OSError.
+    Hidden ones are left out, and Python's caches: loading a plugin or the code of a model leaves one beside it. A link
+    to a folder is an entry: it is not followed. Raises OSError.
     """
     for place, folders, names in os.walk(folder, onerror=_raise):
         links = [name for name in folders if (Path(place) / name).is_symlink()]
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in links)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", _CACHE)) and name not in links)
         for name in sorted([*names, *links]):
             if not name.startswith("."):
                 path = Path(place) / name

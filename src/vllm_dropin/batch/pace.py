@@ -11,9 +11,9 @@ from vllm_dropin.scoring.gate import Gate
 PERIOD = 1.0
 """Seconds between looks at the engine; a quarter of it until its batch has been full for the first time."""
 FIRST, SMALLEST, LARGEST = 128, 8, 4096
-FIRST_ALONE = 512
-"""The first crowd for an engine that nobody else asks: what is too many only waits there, and what is too few leaves
-the batch of a large GPU half empty for the first seconds."""
+FIRST_ALONE = 1024
+"""The first crowd for an engine that does nothing else, the largest batch that vLLM makes unasked: what is too many
+only waits there, and too few leave the batch of a large GPU half empty for the first seconds."""
 _SLOW, _FAST = 1.5, 2.0  # growth
 _STEADY = 1.02  # what a batch may grow by between two looks and still count as full
 _START = 40  # looks after which the start is over, whatever they saw
@@ -27,6 +27,11 @@ class Load:
 
     running: float
     waiting: float
+
+
+def first_crowd(load: Load | None) -> int:
+    """How many rows to begin with, by what the engine says before the first of them."""
+    return FIRST if load is None or load.running + load.waiting else FIRST_ALONE
 
 
 class Pace:

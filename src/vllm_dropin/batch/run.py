@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging as standard_logging
+import os
 import signal
 import sys
 import threading
@@ -36,6 +37,7 @@ from vllm_dropin.batch.stream import Stream
 from vllm_dropin.batch.templates import read_template
 from vllm_dropin.batch.work import engine_fingerprint, inputs_fingerprint
 from vllm_dropin.batch.writing import open_writer
+from vllm_dropin.engine.quirks import for_files
 from vllm_dropin.errors import ConfigurationError
 from vllm_dropin.model.folder import ModelFolder
 from vllm_dropin.model.secret import Secret
@@ -261,7 +263,7 @@ class _Run:
 def read_settings(request: ScoreRequest, flags: Flags, environ: Mapping[str, str]) -> Settings:
     """The folder's settings, or those of a server at a URL, whose key comes from the environment."""
     if request.url is None:
-        return load(flags, environ)
+        return load(flags, environ, for_files(len(os.sched_getaffinity(0))))
     given = Flags(None, {**flags.options, "upstream": request.url}, flags.params, flags.engine_args)
     settings = resolve(ModelFolder(Path.cwd(), None, None, None), given, environ)
     key = environ.get(_KEY)

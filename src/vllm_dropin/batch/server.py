@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from vllm_dropin.batch.pace import FIRST, FIRST_ALONE, Load, read_load
+from vllm_dropin.batch.pace import Load, read_load
 from vllm_dropin.errors import ConfigurationError, DropinError, EngineAwayError, EngineError
 from vllm_dropin.gateway.engine_client import EngineAnswer, EngineClient
 from vllm_dropin.gateway.errors import EngineUnavailable
@@ -28,16 +28,12 @@ _READY_POLL = 0.1
 class Server:
     """What the scorer asks (scoring.scorer.Completer), with the counts that the pace needs."""
 
-    def __init__(
-        self, client: EngineClient, state: SharedState, life: asyncio.Task[None], model: str | None, crowd: int
-    ) -> None:
+    def __init__(self, client: EngineClient, state: SharedState, life: asyncio.Task[None], model: str | None) -> None:
         self._client = client
         self._state = state
         self._life = life
         self.model = model
         """The name by which it knows its model; None when it tells none."""
-        self.crowd = crowd
-        """How many rows to begin with."""
         self.refused = 0
         """Answers with status 429 so far."""
 
@@ -98,8 +94,7 @@ async def serving(settings: Settings, say: Callable[[str], None]) -> AsyncIterat
         life = asyncio.create_task(_follow(settings, settings.upstream, client, state, board), name="engine")
     try:
         await _until_ready(state, life, say)
-        crowd = FIRST_ALONE if settings.upstream is None else FIRST
-        yield Server(client, state, life, await ServedModel(config, client).name(), crowd)
+        yield Server(client, state, life, await ServedModel(config, client).name())
     finally:
         life.cancel()
         await asyncio.gather(life, return_exceptions=True)

@@ -10,7 +10,9 @@ from vllm_dropin.batch.inputs import InputFile
 from vllm_dropin.engine.command import EnginePlan
 from vllm_dropin.settings.settings import Settings
 
-_SPREAD = frozenset({"tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "max_num_seqs"})
+_SPREAD = frozenset(
+    {"tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "max_num_seqs", "api_server_count"}
+)
 """Flags that say how the work is spread: another machine may go on with other ones."""
 
 

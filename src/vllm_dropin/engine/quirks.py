@@ -64,6 +64,24 @@ FLAGS: tuple[FlagQuirk, ...] = (
     ),
 )  # fmt: skip
 
+
+def for_files(cores: int) -> tuple[FlagQuirk, ...]:
+    """The flags of an engine that answers the rows of files: all of them, where there are so many cores.
+
+    One of vLLM's Python API servers takes in about 350 requests a second, on a core of its own; a small model on a
+    large GPU answers more (docs/benchmarks.md).
+    """
+    servers = min(4, cores // 4)
+    if servers < 2:
+        return FLAGS
+    several = FlagQuirk(
+        ("--api-server-count", str(servers)), "api_server_count",
+        "one API server is slower than a small model on a large GPU",
+        unless=("api_server_count", "data_parallel_size", "grpc"), cpu=False,
+    )  # fmt: skip
+    return (*FLAGS, several)
+
+
 VARIABLES: tuple[VariableQuirk, ...] = (
     VariableQuirk("DO_NOT_TRACK", "1", "no usage statistics leave the machine"),
     VariableQuirk("VLLM_NO_USAGE_STATS", "1", "no usage statistics leave the machine"),

@@ -14,6 +14,7 @@ from vllm_dropin.engine.flags import FlagTable, load_table
 from vllm_dropin.engine.gpus import Gpu, visible_gpus
 from vllm_dropin.engine.interpreter import EnginePython
 from vllm_dropin.engine.parallelism import choose_parallelism, read_shape
+from vllm_dropin.engine.quirks import FlagQuirk
 from vllm_dropin.errors import ConfigurationError, FlagError
 from vllm_dropin.model.contract import CONTRACT
 from vllm_dropin.model.folder import ModelFolder
@@ -50,8 +51,9 @@ def plan_engine(
     environ: Mapping[str, str],
     state_dir: Path,
     tcp: tuple[str, int] | None,
+    quirks: Sequence[FlagQuirk],
 ) -> Planned:
-    """Bring together what the command line, engine_config.json and the parameters say.
+    """Bring together what the command line, engine_config.json and the parameters say, and our own `quirks`.
 
     Raises FlagError for a flag that is unknown, malformed or ours; ModelError when there is no model.
     """
@@ -68,7 +70,7 @@ def plan_engine(
     ]
     spoken.append(_parameter_claims(table, parameters, warnings))
     used = frozenset(claim.dest for layer in spoken for claim in layer)
-    flags, flag_settings = engine_flags.merge([*spoken, engine_flags.quirks(table, python.cpu, used)])
+    flags, flag_settings = engine_flags.merge([*spoken, engine_flags.applicable(quirks, table, python.cpu, used)])
     model = ModelPlan(_named_models(given, warnings), _candidate(parameters.get("model")))
     pending = folder.hook is not None and folder.hook.runs
     names, names_setting = _served_names(given, parameters)

@@ -10,7 +10,7 @@ from pathlib import Path
 from vllm_dropin.engine.arguments import FlagUse, ParsedArgs
 from vllm_dropin.engine.command import PlannedFlag
 from vllm_dropin.engine.flags import FlagTable
-from vllm_dropin.engine.quirks import FLAGS
+from vllm_dropin.engine.quirks import FlagQuirk
 from vllm_dropin.errors import FlagError
 from vllm_dropin.model.contract import CONTRACT
 from vllm_dropin.model.yaml_file import read_yaml
@@ -170,10 +170,10 @@ def _replaces(stronger: Claim, weaker: Claim) -> bool:
     return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
 
 
-def quirks(table: FlagTable, cpu: bool, used: frozenset[str]) -> list[Claim]:
+def applicable(quirks: Sequence[FlagQuirk], table: FlagTable, cpu: bool, used: frozenset[str]) -> list[Claim]:
     """Our own flags for this build, as far as its vLLM has them and the user has not spoken."""
     return [
         Claim(quirk.dest, quirk.tokens, " ".join(quirk.tokens[1:]) or True, quirk.source)
-        for quirk in FLAGS
+        for quirk in quirks
         if quirk.cpu in (None, cpu) and table.spec(quirk.dest) is not None and used.isdisjoint(quirk.unless)
     ]

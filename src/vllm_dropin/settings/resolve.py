@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast
 from urllib.parse import urlsplit
 
 from vllm_dropin.engine.interpreter import find
+from vllm_dropin.engine.quirks import FLAGS, FlagQuirk
 from vllm_dropin.errors import ConfigurationError
 from vllm_dropin.model.folder import ModelFolder, read_folder
 from vllm_dropin.model.parameters import ParameterValues, read_parameters
@@ -41,16 +42,18 @@ _ENGINE_PARAMETERS = frozenset(
 )  # fmt: skip
 
 
-def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
-    """Find the model folder, read it and resolve. Raises ConfigurationError."""
+def load(flags: Flags, environ: Mapping[str, str], quirks: Sequence[FlagQuirk] = FLAGS) -> Settings:
+    """Find the model folder, read it and resolve. `quirks`: engine flags of our own. Raises ConfigurationError."""
     options = Choices(flags, environ)
     named = flags.folder or options.text("code_dir")
     if not named:
         raise ConfigurationError("no model folder is given", "Name it: vllm-dropin serve FOLDER, or set CODE_DIR.")
-    return resolve(read_folder(choices.expanded(named, "the model folder")), flags, environ)
+    return resolve(read_folder(choices.expanded(named, "the model folder")), flags, environ, quirks)
 
 
-def resolve(folder: ModelFolder, flags: Flags, environ: Mapping[str, str]) -> Settings:
+def resolve(
+    folder: ModelFolder, flags: Flags, environ: Mapping[str, str], quirks: Sequence[FlagQuirk] = FLAGS
+) -> Settings:
     """Everything about one service. Raises ConfigurationError (FlagError, ModelError) for what can't be served."""
     options = Choices(flags, environ)
     warnings = [*folder.warnings, *unknown_variables(environ)]
@@ -71,7 +74,7 @@ def resolve(folder: ModelFolder, flags: Flags, environ: Mapping[str, str]) -> Se
     if upstream is None:
         python = find(flags.options.get("engine_python"), environ)
         tcp = _tcp(environ)
-        planned = plan_engine(folder, parameters, flags.engine_args, python, environ, paths.state_dir, tcp)
+        planned = plan_engine(folder, parameters, flags.engine_args, python, environ, paths.state_dir, tcp, quirks)
         warnings += planned.warnings
     else:
         warnings += _ignored_by_upstream(folder, flags)

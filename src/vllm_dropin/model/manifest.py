@@ -159,7 +159,8 @@ def visible_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """
     for place, folders, names in os.walk(folder, onerror=_raise):
         links = [name for name in folders if (Path(place) / name).is_symlink()]
-        folders[:] = sorted(name for name in folders if not name.startswith((".", _CACHE)) and name not in links)
+        left_out = {_CACHE, *links, *(name for name in folders if name.startswith("."))}
+        folders[:] = sorted(set(folders) - left_out)
         for name in sorted([*names, *links]):
             if not name.startswith("."):
                 path = Path(place) / name

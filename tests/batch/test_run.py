@@ -173,6 +173,16 @@ def test_changed_input_and_parameters_are_refused(scoring: Scoring) -> None:
     assert len(scoring.read_csv("out.csv")) == 51
 
 
+def test_an_output_among_the_inputs_is_no_input(quick: Scoring) -> None:
+    """A second run over a folder finds the first one's output there."""
+    (quick.folder / "data").mkdir()
+    quick.write_csv("data/rows.csv", ["one", "two"])
+    for words in (("data",), ("data", "--restart"), ("data/*.csv", "--restart"), ("data/**/*", "--restart")):
+        assert quick.summary(*words, "-o", "data/out.csv", "--format", "csv")["rows"] == 2
+    done = quick.run("data/out.csv", "-o", "./data/../data/out.csv", "--restart", code=78)
+    assert "data/out.csv is both input and output" in done.stderr
+
+
 def test_an_output_that_exists_is_not_overwritten(quick: Scoring) -> None:
     quick.write_csv("rows.csv", ["a"])
     (quick.folder / "out.csv").write_text("precious")

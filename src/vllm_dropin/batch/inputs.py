@@ -72,16 +72,19 @@ class InputFile:
         return f"blake2b:{digest.hexdigest()}"
 
 
-def find_inputs(names: Sequence[str], format: str | None = None) -> tuple[InputFile, ...]:
+def find_inputs(
+    names: Sequence[str], format: str | None = None, output: Location | None = None
+) -> tuple[InputFile, ...]:
     """The files that `names` mean, in this order, all of one format: `format`, or what their extensions tell.
 
-    JSON Lines whose first record has `custom_id` and `body` are an OpenAI Batch file, unless `format` says otherwise.
+    The `output` and its journal are left out of folders and globs: they may be there from an earlier run. JSON Lines
+    whose first record has `custom_id` and `body` are an OpenAI Batch file, unless `format` says otherwise.
     Raises ConfigurationError; InputOutputError when a file can't be looked at.
     """
     chosen = None if format is None else named_format(format)
     if STDIO in names:
         return (_stdin(names, chosen),)
-    files = [_file(location, chosen) for name in names for location in _expand(name)]
+    files = [_file(location, chosen) for name in names for location in _expand(name, output)]
     if not files:
         raise ConfigurationError("there is nothing to score", "Name a file, a glob, a folder or a URL.")
     if chosen is None:
@@ -105,21 +108,30 @@ def _stdin(names: Sequence[str], chosen: Format | None) -> InputFile:
     return InputFile("-", None, chosen, rereadable=False)
 
 
-def _expand(name: str) -> list[Location]:
+def _expand(name: str, output: Location | None) -> list[Location]:
     location = locate(name)
     if location.is_folder():
         found = [child for child in location.children() if by_extension(child.name)[0]]
+        found = _without(found, output)
         if not found:
             raise ConfigurationError(f"the folder {name} has no file of a known format", f"Known are {KNOWN}.")
         return found
     if location.exists():
+        if not _without([location], output):
+            raise ConfigurationError(f"{name} is both input and output", "Name another output.")
         return [location]
     if any(sign in name for sign in _MAGIC):
-        found = location.matches()
+        found = _without(location.matches(), output)
         if not found:
             raise ConfigurationError(f"no file matches {name}", "Check the pattern; ** goes into subfolders.")
         return found
     raise ConfigurationError(f"the input {name} does not exist", "Name a file, a glob, a folder or a URL.")
+
+
+def _without(found: list[Location], output: Location | None) -> list[Location]:
+    if output is None:
+        return found
+    return [place for place in found if not (place.same(output) or place.below(f"{output.path}.partial"))]
 
 
 def _file(location: Location, chosen: Format | None) -> InputFile:

@@ -103,7 +103,9 @@ class _Run:
             from vllm_dropin.batch.ray_cluster import require_ray
 
             require_ray()
-        self._source = Source(find_inputs(request.inputs, request.format), CsvOptions(request.charset))
+        self._output = None if request.output == STDIO else locate(request.output)
+        inputs = find_inputs(request.inputs, request.format, self._output)
+        self._source = Source(inputs, CsvOptions(request.charset))
         self._options = _request_options(request)
         composer = self._composer(None, None)
         composer.check(self._source.columns)
@@ -115,7 +117,6 @@ class _Run:
             many=composer.many,
             explode=request.explode,
         )
-        self._output = None if request.output == STDIO else locate(request.output)
 
     def _composer(self, model: str | None, max_model_len: int | None) -> Composer:
         defaults = generation_defaults(self._settings.generation).capped(max_model_len)

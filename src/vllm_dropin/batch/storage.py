@@ -73,6 +73,17 @@ class Location:
         with finding(self.name):
             return bool(Path(self.path).exists() if self.remote is None else self.remote.exists(self.path))
 
+    def same(self, other: Location) -> bool:
+        """Whether it is one file with the other, by another name perhaps."""
+        if self.remote is not None or other.remote is not None:
+            return self.name == other.name
+        with finding(self.name):
+            return Path(self.path).resolve() == Path(other.path).resolve()
+
+    def below(self, folder: str) -> bool:
+        """Whether it is a local file in this folder or deeper."""
+        return self.remote is None and Path(self.path).resolve().is_relative_to(Path(folder).resolve())
+
     def children(self) -> list[Location]:
         """The files of a folder by name; those whose name begins with `.` or `_` are left out."""
         with finding(self.name):

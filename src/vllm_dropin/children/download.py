@@ -453,13 +453,15 @@ def bring_all(
     return found
 
 
+def _reference(entry: dict[str, Any]) -> Reference:
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    return Reference(**fields)
+
+
 def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
     request = json.loads(arguments[0])
-    references = [
-        Reference(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
-        for entry in request["references"]
-    ]
+    references = [_reference(entry) for entry in request["references"]]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are told to the supervisor
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     constants = importlib.import_module("huggingface_hub.constants")

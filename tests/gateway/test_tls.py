@@ -209,3 +209,27 @@ def test_the_trial_of_a_certificate(tmp_path: Path, pems: list[Path]) -> None:
     assert trial(pems[0]) == 0
     assert trial(written(make_certificate(tmp_path, "large", "secp521r1"))) != 0
     assert not list(tmp_path.glob("core*"))
+
+
+@pytest.mark.slow
+def test_an_idle_connection_outlives_the_pools_of_python_clients(stage: Stage, pems: list[Path]) -> None:
+    """httpx keeps one for 5 s; a server that closes it just then meets the next request."""
+    gateway = stage.gateway(tls=str(pems[0]))
+    connection = gateway.connect()
+    for pause in (0, 7):
+        time.sleep(pause)
+        connection.request("GET", "/ping")
+        response = connection.getresponse()
+        response.read()
+        assert response.status == 200  # on the same connection: http.client opens no new one by itself
+    connection.close()
+
+
+@pytest.mark.slow
+def test_a_handshake_that_never_ends_is_cut_off(stage: Stage, pems: list[Path]) -> None:
+    gateway = stage.gateway(tls=str(pems[0]))
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=20) as silent:
+        silent.sendall(b"\x16\x03\x01")
+        started = time.monotonic()
+        assert silent.recv(100) == b""
+        assert 9 < time.monotonic() - started < 12

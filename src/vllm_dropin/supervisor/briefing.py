@@ -51,7 +51,7 @@ def _put_certificate(tls: Tls, file: Path) -> None:
         trial.unlink()
         raise ConfigurationError(
             f"{tls.key} is of a kind that can't be served",
-            "Take RSA of 2048 to 8192 bits, ECDSA on P-256 or P-384, or Ed25519.",
+            "Take RSA of 2048 to 4096 bits, ECDSA on P-256 or P-384, or Ed25519.",
         ) from None
     trial.replace(file)
 

@@ -388,6 +388,10 @@ def test_a_model_of_the_hub(tmp_path: Path, bundler: Bundler, hub: FakeHub) -> N
     assert summary["source"] == {"kind": "hub", "name": "org/llama", "revision": COMMIT}
     part = {"kind": "hub", "name": "org/tok", "revision": "d" * 40, "path": "parts/org--tok"}
     assert (summary["parts"], summary["licence"]) == ([part], "LICENSE")
+    (warning,) = summary["warnings"]
+    assert "no chat template, neither with the tokenizer in vllm/parts/org--tok/ nor" in warning, (
+        "the model's is not used"
+    )
     unpacked = bundler.unpacked()
     assert set(manifest(unpacked).files) == {*FROM_HUB, "parts/org--tok/tokenizer.json", "parts/org--tok/config.json"}
     assert (unpacked / "vllm" / "model.safetensors").read_bytes() == MODEL["model.safetensors"]

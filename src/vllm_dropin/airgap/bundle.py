@@ -147,7 +147,7 @@ def _assemble(settings: Settings, model: Model, request: BundleRequest, progress
     found = _manifest(model, parts, licence, {name: entries[f"{WEIGHTS}/{name}"] for name in weights})
     place = f"{WEIGHTS}/{manifest.FILE_NAME}"
     entries[place] = _entry(place, found.render().encode(), {})
-    return _Draft(tuple(entries.values()), found, tuple(notes), tuple(_warnings(settings, weights, licence)))
+    return _Draft(tuple(entries.values()), found, tuple(notes), tuple(_warnings(settings, files, rewritten, licence)))
 
 
 def _engine_args(settings: Settings, model: Model) -> Rewritten:
@@ -214,14 +214,18 @@ def _manifest(model: Model, parts: tuple[Part, ...], licence: str | None, entrie
         ) from None
 
 
-def _warnings(settings: Settings, weights: Mapping[str, Path], licence: str | None) -> list[str]:
+def _warnings(
+    settings: Settings, files: Mapping[str, Path | bytes], rewritten: Rewritten, licence: str | None
+) -> list[str]:
     plan = settings.engine
     assert plan is not None  # an upstream is refused above
     warnings = []
-    if plan.last("chat_template") is None and not contents.has_chat_template(weights):
+    on_disk = {name: content for name, content in files.items() if isinstance(content, Path)}
+    tokenizer = rewritten.gathered.tokenizer
+    if plan.last("chat_template") is None and not contents.has_chat_template(on_disk, tokenizer):
         warnings.append(
-            "there is no chat template, neither with the tokenizer nor by --chat-template in engine_config.json: chat "
-            "requests and rows will fail"
+            f"there is no chat template, neither with the tokenizer in {tokenizer}/ nor by --chat-template in "
+            f"{engine_config.FILE_NAME}: chat requests and rows will fail"
         )
     if licence is None:
         warnings.append("there is no licence file beside the weights: say at the other side how the model may be used")

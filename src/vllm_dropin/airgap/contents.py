@@ -102,20 +102,18 @@ def find_licence(weights: Iterable[str]) -> str | None:
     return next((name for name in sorted(weights) if _LICENCE.fullmatch(name)), None)
 
 
-def has_chat_template(weights: Mapping[str, Path]) -> bool:
-    """Whether a tokenizer of the bundle brings a chat template, as vLLM finds it. Mistral's own tokenizers do."""
-    for name, path in weights.items():
-        base = PurePosixPath(name).name
-        if base.startswith("chat_template.") or base == "tekken.json":
-            return True
-        if base == "tokenizer_config.json":
-            try:
-                document = json.loads(path.read_bytes())
-            except (OSError, ValueError):
-                continue
-            if isinstance(document, dict) and document.get("chat_template"):
-                return True
-    return False
+def has_chat_template(files: Mapping[str, Path], tokenizer: str) -> bool:
+    """Whether the tokenizer in this folder of the bundle brings a chat template. Mistral's own tokenizers do."""
+    own = {
+        PurePosixPath(name).name: path for name, path in files.items() if str(PurePosixPath(name).parent) == tokenizer
+    }
+    if "tekken.json" in own or any(name.startswith("chat_template.") for name in own):
+        return True
+    try:
+        document = json.loads(own["tokenizer_config.json"].read_bytes())
+    except (KeyError, OSError, ValueError):
+        return False
+    return isinstance(document, dict) and bool(document.get("chat_template"))
 
 
 def is_executable(path: Path) -> bool:

@@ -31,11 +31,13 @@ _CODE = PurePosixPath("/opt/code")
 class Gathered:
     """What flags name outside of the model folder: files and folders by their place below `vllm/`.
 
-    `needed` are places in the model folder that flags name: they have to be in the bundle.
+    `needed` are places in the model folder that flags name: they have to be in the bundle. `tokenizer` is the folder of
+    the bundle that has it.
     """
 
     paths: dict[str, Path] = field(default_factory=dict)
     needed: dict[str, str] = field(default_factory=dict)
+    tokenizer: str = WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ class _Writer:
             case dest if dest in _FILES and use.values:
                 return (self._file(use.values[0], place),)
             case dest if dest in _MODELS and use.values:
-                return (self._model(use.values[0], place),)
+                model = self._model(use.values[0], place)
+                if dest == "tokenizer":
+                    self.gathered.tokenizer = str(PurePosixPath(model))
+                return (model,)
             case "speculative_config":
                 return self._speculative(use, place)
             case "lora_modules":

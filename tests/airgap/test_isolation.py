@@ -123,6 +123,23 @@ def test_a_folder_with_files_of_others_is_not_shielded_from_a_user(place):
     assert (found["folder"] / "old").read_text() == "new"
 
 
+def test_a_folder_with_a_volume_in_it_is_not_shielded(place):
+    """An overlay would show the folder below the volume."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount")
+    folder, scratch = place / "a folder", place / "scratch"
+    (folder / "vllm").mkdir(parents=True)
+    scratch.mkdir()
+    program = (
+        "import sys; from pathlib import Path; from vllm_dropin.airgap import isolation; isolation.enter(); "
+        "print(isolation.shield(Path(sys.argv[1]), Path(sys.argv[2])), *Path(sys.argv[1], 'vllm').iterdir())"
+    )
+    mounts = 'mount -t tmpfs tmpfs "$1/vllm" && touch "$1/vllm/weights" && exec "$0" -c "$3" "$1" "$2"'
+    command = ["unshare", "-m", "sh", "-c", mounts, sys.executable, str(folder), str(scratch), program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == (f"False {folder}/vllm/weights\n", "")
+
+
 def ipv4(target: str, protocol: int, payload: bytes, options: bytes = b"") -> bytes:
     words = 5 + len(options) // 4
     head = struct.pack("!BBHHHBBH4s4s", 64 + words, 0, 0, 0, 0, 64, protocol, 0, bytes(4), socket.inet_aton(target))

@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import ipaddress
 import os
+import re
 import socket
 import struct
 import time
@@ -24,6 +25,8 @@ _NEW_MOUNTS, _NEW_USER, _NEW_NETWORK = 0x00020000, 0x10000000, 0x40000000
 READ_ONLY = 1
 _BIND, _REC, _PRIVATE = 0x1000, 0x4000, 0x40000
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_OCTAL = re.compile(r"\\([0-7]{3})")
+"""How mountinfo writes a blank in a name."""
 _NAMES = 53
 """The port of name servers."""
 
@@ -79,7 +82,7 @@ def bind(source: Path | str, target: Path | str, recursive: bool = False) -> Non
 
 def shield(folder: Path, scratch: Path) -> bool:
     """Let everything that is written into `folder` from now on land in `scratch`. False where that can't be had."""
-    if not _all_known(folder):
+    if not _all_known(folder) or _mounted_below(folder):
         return False
     for name in ("upper", "work"):
         (scratch / name).mkdir(parents=True)
@@ -217,6 +220,13 @@ def _all_known(folder: Path) -> bool:
     owner = tuple(int(ids[0]) for ids in known)
     found = (path.lstat() for path in (folder, *folder.rglob("*")))
     return all((state.st_uid, state.st_gid) == owner for state in found)
+
+
+def _mounted_below(folder: Path) -> bool:
+    """Whether something is mounted in the folder, such as a volume with the weights: an overlay would hide it."""
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    places = (Path(_OCTAL.sub(lambda found: chr(int(found[1], 8)), line.split()[4])) for line in lines)
+    return any(place != folder and place.is_relative_to(folder) for place in places)
 
 
 def _unshare(flags: int) -> None:

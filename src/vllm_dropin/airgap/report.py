@@ -63,6 +63,10 @@ def take(name: str, work: Callable[[], Finding]) -> Step:
         found = work()
     except NotChecked as reason:
         return Step(name, Verdict.NOT_CHECKED, str(reason))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        found = Finding("", (Problem(f"{place}{error.strerror or error}", "Check the disk and the permissions."),))
+        code = InputOutputError.exit_code
     except DropinError as error:
         found = Finding("", (Problem(error.message, error.remedy),))
         code = error.exit_code if isinstance(error, InputOutputError) else code

@@ -39,6 +39,8 @@ _POLL = 0.1
 _STOP_SECONDS = 60.0
 _ANSWER_SECONDS = 300.0
 _KEPT_LINES = 40
+_WHO = {"starting": "the service", "hook": "custom.py", "downloading": "the download", "failed": "the service"}
+"""Whose phase it is; all others are the engine's."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,7 @@ class Wanted:
     phase: str
 
     def __str__(self) -> str:
-        who = {"hook": "custom.py", "downloading": "the download", "loading": "the engine"}.get(self.phase)
-        return f"{who or f'while {self.phase} it'} wanted {self.host}"
+        return f"{_WHO.get(self.phase, 'the engine')} wanted {self.host}"
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ async def _hold(plan: Plan, scratch: Path) -> Outcome:
     # An exception out of a signal's handler would end the loop before all that was started has ended.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     plan_file, result = scratch / "plan.json", scratch / "outcome.json"
+    # The environment, which has secrets, travels as one, not in a file.
     told = {**asdict(plan), "folder": str(plan.folder), "root": str(plan.root) if plan.root else None, "environ": {}}
     plan_file.write_text(json.dumps(told), encoding="utf-8")
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -228,10 +230,10 @@ class _Service:
         return str(phase)
 
 
-def _try(plan: Plan, outcome: Outcome) -> Outcome:
+def _try(plan: Plan, outcome: Outcome, watch: isolation.Watch) -> Outcome:
     """From the first to the last process of the service."""
     service: _Service | None = None
-    with isolation.Watch() as watch:
+    with watch:
         try:
             service = _Service(plan)
             outcome = replace(outcome, ready_seconds=round(service.wait(), 1))
@@ -262,16 +264,21 @@ def _main(plan_file: Path, result: Path) -> int:
     root = Path(told["root"]) if told["root"] else None
     plan = Plan(**{**told, "argv": tuple(told["argv"]), "folder": Path(told["folder"]), "root": root})
     signal.signal(signal.SIGTERM, _leave)
-    outcome = _isolated(plan, plan_file.parent)
+    outcome = _isolate(plan, plan_file.parent)
     if outcome.isolated:
-        outcome = _try(plan, outcome)
+        try:
+            watch = isolation.Watch()
+        except OSError as error:
+            outcome = Outcome(False, f"the kernel lets nobody listen to this network ({error.strerror or error})")
+        else:
+            outcome = _try(plan, outcome, watch)
     draft = result.with_suffix(".new")
     draft.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
     draft.replace(result)
     return 0
 
 
-def _isolated(plan: Plan, scratch: Path) -> Outcome:
+def _isolate(plan: Plan, scratch: Path) -> Outcome:
     """Enter the namespaces and prepare the folder there, and the image's root, where there is one."""
     if plan.root is not None and os.geteuid() != 0:
         return Outcome(False, "not root")

@@ -211,9 +211,11 @@ CONTEXT_FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
 }  # fmt: skip
 
 
-def examine(context: Path, folder: Path | None, scratch: Path, **options: str) -> dict[str, Step]:
+def examine(
+    context: Path, folder: Path | None, scratch: Path, *, seconds: float = 20, **options: str
+) -> dict[str, Step]:
     """The steps by name, without a process of its own for the command."""
-    request = Request(context, folder, Flags(options=options), {"PATH": os.environ["PATH"]}, seconds=20)
+    request = Request(context, folder, Flags(options=options), {"PATH": os.environ["PATH"]}, seconds=seconds)
     return {step.name: step for step in find_faults(request, scratch).steps}
 
 
@@ -331,16 +333,14 @@ def add_hook(folder: Path, body: str) -> None:
         (PHONE.format("http://w.example.com/w"), "custom.py wanted w.example.com, and there is no network:"),
         (PHONE.format("http://93.184.216.34:8000/w"), "custom.py wanted 93.184.216.34:8000, and there is no network:"),
         ("    raise RuntimeError('no such bucket')\n", "load_model failed: RuntimeError: no such bucket"),
-        ("    import os\n    os._exit(3)\n", "load_model ended early"),
     ],
 )  # fmt: skip
-def test_a_hook_that_can_not_do_its_work(good_context, folder, engine, body, words):
+def test_a_hook_that_can_not_do_its_work(good_context, folder, engine, scratch, body, words):
     add_hook(folder, body)
-    done = verify(good_context, folder, "--engine-python", engine.python)
-    assert done.returncode == 78
-    assert {name: verdict for name, verdict in table(done).items() if verdict != "ok"} == {"run": "failed"}
-    assert any(line.startswith("error: run:") and words in line for line in done.stderr.splitlines())
-    assert ("vllm-dropin bundle" in done.stderr) == ("wanted" in words)
+    steps = examine(good_context, folder, scratch, engine_python=str(engine.python))
+    assert [name for name, step in steps.items() if step.verdict is not Verdict.OK] == ["run"]
+    expect_fault(steps["run"], words)
+    assert ("vllm-dropin bundle" in steps["run"].problems[0].remedy) == ("wanted" in words)
 
 
 def test_a_hook_that_phones_home_and_goes_on_is_told_of(good_context, folder, engine):
@@ -373,46 +373,37 @@ def test_a_model_of_the_hub(good_context, tmp_path):
     ("seconds", "words"),
     [
         ("60", "not ready after 2 s: loading (loading weights)"),
-        ("-1", "the engine"),
+        ("-1", "the engine can't start: exit code 1; asked to die"),
     ],
 )
-def test_an_engine_that_never_becomes_ready(good_context, folder, tmp_path, seconds, words):
+def test_an_engine_that_never_becomes_ready(good_context, folder, scratch, tmp_path, seconds, words):
     engine = Engine.stub(tmp_path / "venv", float(seconds))
-    done = verify(good_context, folder, "--engine-python", engine.python, "--timeout", "2")
-    assert done.returncode == 78
-    complaint = done.stderr.partition("error: run: ")[2]
-    assert words in complaint.splitlines()[0]
-    assert complaint.splitlines()[1].startswith("  ")
+    expect_fault(examine(good_context, folder, scratch, seconds=2, engine_python=str(engine.python))["run"], words)
 
 
 def test_an_engine_that_answers_with_an_error(good_context, folder, engine):
-    done = verify(
-        good_context, folder, "--engine-python", engine.python, "--question", "[[status 400]]",
-    )  # fmt: skip
+    done = verify(good_context, folder, "--engine-python", engine.python, "--question", "[[status 400]]")
     assert done.returncode == 78
     assert "error: run: /v1/chat/completions answered 400" in done.stderr
 
 
-def test_a_model_folder_as_a_tar(good_context, folder, engine):
-    done = verify(good_context, pack(folder, "model.tar"), "--engine-python", engine.python, "--timeout", "20")
-    # `tar -z` under the name of a plain tar: what it is counts, not its name.
-    assert done.returncode == 0, done.stderr
-    assert table(done)["run"] == "ok"
+def test_a_model_folder_as_a_tar(good_context, folder, engine, scratch):
+    """`tar -z` under the name of a plain tar: what it is counts, not its name."""
+    archive = pack(folder, "model.tar")
+    assert examine(good_context, archive, scratch, engine_python=str(engine.python))["run"].verdict is Verdict.OK
 
 
-def test_a_wrong_hash_in_a_bundle(good_context, folder, engine, tmp_path):
+def test_a_wrong_hash_in_a_bundle(good_context, folder, engine, scratch, tmp_path):
     """A bundle made by the command, with one byte of a weight changed: same size, other content."""
-    add_hook(folder, "    pass\n")
-    made = [sys.executable, "-m", "vllm_dropin.cli.main", "bundle", folder, "-o", tmp_path / "bundle"]
+    command = [sys.executable, "-m", "vllm_dropin.cli.main", "bundle", folder, "-o", tmp_path / "bundle"]
     done = subprocess.run(
-        [*made, "--engine-python", engine.python], capture_output=True, text=True, timeout=60
+        [*command, f"--engine-python={engine.python}"], capture_output=True, text=True, timeout=60
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert table(verify(good_context, tmp_path / "bundle", "--engine-python", engine.python))["weights"] == "ok"
     flip(tmp_path / "bundle" / "vllm" / "model.safetensors")
-    done = verify(good_context, tmp_path / "bundle", "--engine-python", engine.python)
-    assert done.returncode == 78
-    assert "model.safetensors has not the content that bundle-manifest.json says" in done.stderr
+    steps = examine(good_context, tmp_path / "bundle", scratch, engine_python=str(engine.python))
+    expect_fault(steps["weights"], "model.safetensors has not the content that bundle-manifest.json says")
+    assert steps["run"].verdict is Verdict.NOT_CHECKED
 
 
 def test_no_secret_is_told(good_context, folder, engine, tmp_path):

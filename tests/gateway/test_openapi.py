@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -93,9 +94,17 @@ def test_it_is_well_formed(document: dict[str, Any]) -> None:
             assert method == "parameters" or method == "summary" or operation["responses"]["default"], path
 
 
+@pytest.fixture(scope="module")
+def phased() -> Iterator[GatewayProcess]:
+    """One whose phase the test sets."""
+    made = Stage()
+    yield made.gateway(settings=[{"name": "n", "value": 1, "source": "default"}], model_metadata={"name": "m"})
+    made.close()
+
+
 @pytest.mark.parametrize("phase", [Phase.LOADING, Phase.READY, Phase.FAILED])
-def test_answers_are_as_it_says(stage: Stage, phase: Phase) -> None:
-    gateway = stage.gateway(settings=[{"name": "n", "value": 1, "source": "default"}], model_metadata={"name": "m"})
+def test_answers_are_as_it_says(phased: GatewayProcess, phase: Phase) -> None:
+    gateway = phased
     gateway.state.phase = phase
     document = told(gateway)
     seen = set()

@@ -7,21 +7,22 @@ import asyncio
 import pytest
 
 from vllm_dropin.batch import pace as module
-from vllm_dropin.batch.pace import FIRST, FIRST_ALONE, LARGEST, SMALLEST, Load, Pace, first_crowd, keep_pace, read_load
+from vllm_dropin.batch.pace import FIRST, GRAPHS, LARGEST, SMALLEST, Load, Pace, first_crowd, keep_pace, read_load
 from vllm_dropin.scoring.gate import Gate
 
 
-def batch(size: int, sent: int) -> Load:
-    """An engine whose batch holds `size` requests."""
-    return Load(min(sent, size), max(0, sent - size))
+def batch(size: int, sent: int, engines: int = 1) -> Load:
+    """A server whose engines' batches hold `size` requests."""
+    return Load(min(sent, size), max(0, sent - size), engines)
 
 
 def test_an_idle_engine_is_given_more_to_begin_with():
-    assert first_crowd(Load(0, 0)) == FIRST_ALONE
+    assert first_crowd(Load(0, 0)) == GRAPHS
+    assert first_crowd(Load(0, 0, engines=8)) == 8 * GRAPHS
     assert first_crowd(Load(1, 0)) == first_crowd(Load(0, 1)) == first_crowd(None) == FIRST
 
 
-@pytest.mark.parametrize("size", [8, 32, 256, 1024])
+@pytest.mark.parametrize("size", [8, 32, 256, 400])
 def test_a_few_requests_wait_whatever_the_batch_holds(size):
     gate = Gate(FIRST)
     pace = Pace(gate)
@@ -40,12 +41,20 @@ def test_a_large_batch_is_full_after_a_few_looks():
     gate = Gate(FIRST)
     pace = Pace(gate)
     for _ in range(4):
-        pace.steer(batch(1024, gate.limit))
+        pace.steer(batch(1024, gate.limit, engines=4))
     assert gate.limit > 1024
     assert pace.starting
     for _ in range(2):
         pace.steer(batch(100, gate.limit))
     assert not pace.starting
+
+
+def test_a_batch_beyond_the_cuda_graphs_is_not_filled():
+    gate = Gate(FIRST)
+    pace = Pace(gate)
+    for _ in range(20):
+        pace.steer(batch(1024, gate.limit))
+    assert gate.limit == GRAPHS
 
 
 def test_an_idle_engine_is_no_reason_for_more():
@@ -77,7 +86,7 @@ def test_the_limit_has_limits():
     gate = Gate(FIRST)
     pace = Pace(gate)
     for _ in range(30):
-        pace.steer(Load(10_000, 0))
+        pace.steer(Load(10_000, 0, engines=100))
     assert gate.limit == LARGEST
     for _ in range(30):
         pace.give_way()
@@ -111,7 +120,7 @@ def test_the_loop_steers_by_what_it_sees(monkeypatch):
         gate = Gate(FIRST)
 
         async def look() -> Load:
-            return batch(500, gate.limit)
+            return batch(500, gate.limit, engines=2)
 
         task = asyncio.create_task(keep_pace(Pace(gate), look, lambda: 0, lambda: 0))
         await asyncio.sleep(0.5)
@@ -128,6 +137,6 @@ vllm:num_requests_running{engine="1"} 3.0
 vllm:num_requests_waiting{engine="0"} 4.0
 vllm:num_requests_waiting_by_reason{reason="capacity"} 99.0
 """
-    assert read_load(text) == Load(15, 4)
+    assert read_load(text) == Load(15, 4, engines=2)
     assert read_load(b"vllm:num_requests_running 1.0\n") is None
     assert read_load(b"") is None

@@ -11,9 +11,13 @@ from vllm_dropin.scoring.gate import Gate
 PERIOD = 1.0
 """Seconds between looks at the engine; a quarter of it until its batch has been full for the first time."""
 FIRST, SMALLEST, LARGEST = 128, 8, 4096
-FIRST_ALONE = 1024
-"""The first crowd for an engine that does nothing else, the largest batch that vLLM makes unasked: what is too many
-only waits there, and too few leave the batch of a large GPU half empty for the first seconds."""
+GRAPHS = 512
+"""Rows for each engine behind a server that tells its load: to begin with, when it is idle, and at most.
+
+vLLM captures CUDA graphs for batches of up to 512. On an H100 512 rows at once gave more rows a second than a batch
+of 1,024 did: a tenth more with a model of 8B, two fifths with one of 1B (docs/benchmarks.md). Where a smaller batch is
+full the rest waits, and the crowd shrinks.
+"""
 _SLOW, _FAST = 1.5, 2.0  # growth
 _STEADY = 1.02  # what a batch may grow by between two looks and still count as full
 _START = 40  # looks after which the start is over, whatever they saw
@@ -23,15 +27,19 @@ _WORTH = 1.03
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine says of itself: requests in its batch, and requests that wait for a place there."""
+    """What a server says of itself: requests in its batch, and requests that wait for a place there.
+
+    With data parallelism it has several `engines`, each with a batch of its own, and the numbers are their sums.
+    """
 
     running: float
     waiting: float
+    engines: int = 1
 
 
 def first_crowd(load: Load | None) -> int:
     """How many rows to begin with, by what the engine says before the first of them."""
-    return FIRST if load is None or load.running + load.waiting else FIRST_ALONE
+    return FIRST if load is None or load.running + load.waiting else GRAPHS * load.engines
 
 
 class Pace:
@@ -59,7 +67,8 @@ class Pace:
         few = max(4.0, load.running / 8)
         if load.waiting < few and load.running + load.waiting >= 0.8 * self._gate.limit:
             # All that we send fits into the batch: it may hold more.
-            self._resize(self._gate.limit * (_FAST if self.starting else _SLOW))
+            more = self._gate.limit * (_FAST if self.starting else _SLOW)
+            self._resize(max(self._gate.limit, min(more, GRAPHS * load.engines)))
         elif load.waiting > max(32.0, load.running) and not absorbing:
             # Not while the batch still grows: what waits then waits for its prompt's turn, not for a place.
             self.starting = False
@@ -108,10 +117,12 @@ async def keep_pace(
 def read_load(exposition: bytes) -> Load | None:
     """The two gauges in vLLM's Prometheus text, summed over its engines; None when they are not there."""
     sums: dict[bytes, float] = {}
+    engines = set()
     for line in exposition.splitlines():
-        name = line.partition(b"{")[0].partition(b" ")[0]
+        name, _, labels = line.partition(b" ")[0].partition(b"{")
         if name in (b"vllm:num_requests_running", b"vllm:num_requests_waiting"):
             sums[name] = sums.get(name, 0.0) + float(line.rpartition(b" ")[2])
+            engines.add(labels.partition(b'engine="')[2].partition(b'"')[0])
     if len(sums) < 2:
         return None
-    return Load(sums[b"vllm:num_requests_running"], sums[b"vllm:num_requests_waiting"])
+    return Load(sums[b"vllm:num_requests_running"], sums[b"vllm:num_requests_waiting"], len(engines))

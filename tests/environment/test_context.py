@@ -123,6 +123,7 @@ def start(tmp_path, *arguments, **environ):
 def test_the_start_script_asks_for_keys_when_there_are_some(tmp_path):
     assert start(tmp_path).stdout == "serve /opt/code --address 0.0.0.0:8080 --auth none\n"
     assert "--auth" not in start(tmp_path, VLLM_DROPIN_API_KEY_FILE="/keys").stdout
+    assert "--auth" not in start(tmp_path, VLLM_DROPIN_API_KEYS="one two").stdout
     assert "--auth" not in start(tmp_path, VLLM_DROPIN_AUTH="key").stdout
     assert start(tmp_path, "--workers", "2", CODE_DIR="/data/code").stdout == (
         "serve /data/code --address 0.0.0.0:8080 --auth none --workers 2\n"

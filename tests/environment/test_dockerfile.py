@@ -2,12 +2,16 @@
 
 import json
 import re
+import ssl
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
+from tests.certificates import make_certificate
 from tests.environment.builds import ROOT
 from vllm_dropin.environment import dockerfile
 from vllm_dropin.environment.image import choose
@@ -32,11 +36,40 @@ def test_user_port_paths_and_probe(variant):
     assert "\nEXPOSE 8080\n" in final
     for line in ('CODE_DIR="/opt/code"', 'DO_NOT_TRACK="1"', 'VLLM_DROPIN_HOOK_PATH="/opt/hooks/site-packages"'):
         assert line in final
-    probe = json.loads(re.search(r"HEALTHCHECK .*\\\n +CMD (.*)", final)[1])
-    assert "/livez" in probe[-1]
     assert "curl" not in final
     assert 'ENTRYPOINT ["/opt/vllm-dropin/start_server.sh"]' in final
     assert "chmod -R g=u /opt/code /data" in final
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("status", [200, 500])
+def test_the_probe_asks_as_the_service_listens(tls, status, tmp_path):
+    asked = []
+
+    class Livez(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *words):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Livez)
+    environ = {}
+    if tls:
+        made = make_certificate(tmp_path, "outside")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(made.cert, made.key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        environ["VLLM_DROPIN_TLS_CERT"] = str(made.cert)
+    threading.Thread(target=server.handle_request).start()
+    text = dockerfile.render(choose("gpu"), wheelhouse=False)
+    _, option, code = json.loads(re.search(r"HEALTHCHECK .*\\\n +CMD (.*)", text)[1])
+    code = code.replace("8080", str(server.server_port))
+    done = subprocess.run([sys.executable, option, code], env=environ, timeout=20)
+    server.server_close()
+    assert (done.returncode, asked) == (int(status != 200), ["/livez"])
 
 
 @pytest.mark.parametrize("variant", ["gpu", "cpu"])

@@ -373,7 +373,7 @@ def test_a_model_of_the_hub(good_context, tmp_path):
     ("seconds", "words"),
     [
         ("60", "not ready after 2 s: loading (loading weights)"),
-        ("-1", "the engine can't start: exit code 1; asked to die"),
+        pytest.param("-1", "the engine can't start: exit code 1; asked to die", marks=pytest.mark.slow),
     ],
 )
 def test_an_engine_that_never_becomes_ready(good_context, folder, scratch, tmp_path, seconds, words):

@@ -63,6 +63,8 @@ def test_a_folder_scores_a_file_and_leaves_nothing_running(tmp_path):
     assert process.returncode == 0, errors[-3000:]
     summary = json.loads(out)
     assert (summary["rows"], summary["errors"]) == (25, {"input": 1})
+    assert "loading: engine starting" in errors
+    assert "vllm_dropin.vllm" not in errors  # what the engine says is in engine.log
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()

@@ -336,10 +336,13 @@ def _engine_log(folder: Path | None) -> Iterator[None]:
     handler.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s"))
     handler.addFilter(logging.REDACTOR)
     log = logging.get("vllm")
+    log.propagate = log.isEnabledFor(standard_logging.INFO)  # on the screen too, for who asked for it
     log.setLevel(standard_logging.INFO)
     log.addHandler(handler)
     try:
         yield
     finally:
+        log.setLevel(standard_logging.NOTSET)
+        log.propagate = True
         log.removeHandler(handler)
         handler.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -28,16 +29,25 @@ def write_rows(path: Path, prompts: list[str]) -> None:
 
 
 def tagged(folder: Path) -> dict[int, bytes]:
-    """The processes of the run in this folder, with their command lines, whoever their parents are."""
+    """The processes of the run in this folder, with their command lines.
+
+    vLLM's own write a title over their environment and with it over the mark: they are known by their parents, of which
+    the guardian takes in those that lose theirs.
+    """
     mark = f"VLLM_TEST_MARK={folder}".encode()
-    found = {}
+    parents: dict[int, int] = {}
+    found: dict[int, bytes] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 if mark in (entry / "environ").read_bytes().split(b"\0"):
                     found[int(entry.name)] = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
+    while more := [pid for pid, parent in parents.items() if parent in found and pid not in found]:
+        for pid in more:
+            found[pid] = b""
+            with contextlib.suppress(OSError):
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
     return found
 
 

@@ -3,11 +3,12 @@
 #
 # --auth none: the platform's own proxy checks every request before it reaches this port, and its probes carry no key,
 # so no key is asked for here. Anybody who reaches port 8080 in another way is served too. Where there is no such
-# proxy, mount a file with one key a line and set VLLM_DROPIN_API_KEY_FILE: then keys are asked for.
+# proxy, mount a file with one key a line and set VLLM_DROPIN_API_KEY_FILE, or give the keys in VLLM_DROPIN_API_KEYS:
+# then keys are asked for.
 # 0.0.0.0: a container's loopback can't be reached from outside of it.
 set -eu
 
-if [ -z "${VLLM_DROPIN_API_KEY_FILE:-}" ] && [ -z "${VLLM_DROPIN_AUTH:-}" ]; then
+if [ -z "${VLLM_DROPIN_API_KEY_FILE:-}${VLLM_DROPIN_API_KEYS:-}${VLLM_DROPIN_AUTH:-}" ]; then
   set -- --auth none "$@"
 fi
 

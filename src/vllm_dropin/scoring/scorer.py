@@ -19,6 +19,9 @@ CULPRIT = 3  # deaths of the engine with this row in flight, at the last of them
 RETRIES = 5  # further tries against one and the same engine
 AHEAD = 4096  # rows that may be finished or running ahead of the oldest one that is not
 _LONGEST_PAUSE = 5.0
+_DOUBT = 2.0
+"""Seconds within which a death of the engine is noticed at the latest: its front end may go on for a while, and answers
+500 to all that comes."""
 
 R = TypeVar("R", bound=Row)
 
@@ -171,8 +174,11 @@ class Scorer(Generic[R]):
                         if answer.status < 500 and answer.status != 429:
                             return problem
                         seen = answer.status >= 500  # a dying engine may still say so itself
-                if seen:
-                    lost_in = generation
+                    if seen:
+                        lost_in = generation
+                        if crashes:
+                            # The next suspects would go to an engine that is dying, and be blamed for it.
+                            await self._settle(generation, deadline)
                 failures += 1
                 if failures > RETRIES:
                     return problem
@@ -181,6 +187,13 @@ class Scorer(Generic[R]):
                 await asyncio.sleep(self._pause(failures))
                 if self._completer.generation != generation:
                     failures = 0
+
+    async def _settle(self, generation: int, deadline: float) -> None:
+        """Wait until it is known whether this engine lives, and for the next one when it does not."""
+        known = time.monotonic() + _DOUBT
+        while self._completer.generation == generation and time.monotonic() < known:
+            await asyncio.sleep(_DOUBT / 100)
+        await self._completer.wait_ready(deadline)
 
     def _pause(self, failures: int) -> float:
         """Seconds before the next try; half of it is random, so that rows do not come back in step."""

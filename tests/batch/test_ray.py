@@ -282,12 +282,13 @@ def test_an_engine_dies_with_its_replica_and_all_with_the_command(tmp_path: Path
     run.kill()
     run.communicate()
     wait_until(lambda: all(program_of(pid) in AGENTS for pid in marked(tmp_path)), 60)
+    agents = set(marked(tmp_path))
     assert gone(second)
 
     run = start()
     _, messages = run.communicate(timeout=120)
     assert run.returncode == 0, messages[-3000:]
-    assert not marked(tmp_path)
+    assert set(marked(tmp_path)) <= agents
     with (tmp_path / "out.csv").open(newline="") as file:
         answers = list(csv.DictReader(file))
     assert [answer["completion"] for answer in answers] == [f"echo: row {place} [[sleep 0.3]]" for place in range(400)]

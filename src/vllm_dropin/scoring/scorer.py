@@ -191,7 +191,7 @@ class Scorer(Generic[R]):
     async def _settle(self, generation: int, deadline: float) -> None:
         """Wait until it is known whether this engine lives, and for the next one when it does not."""
         known = time.monotonic() + _DOUBT
-        while self._completer.generation == generation and time.monotonic() < known:
+        while self._completer.generation == generation and time.monotonic() < known:  # noqa: ASYNC110 (an engine has no event)
             await asyncio.sleep(_DOUBT / 100)
         await self._completer.wait_ready(deadline)
 

@@ -37,6 +37,10 @@ lock datarobot.lock ../pyproject.toml --extra datarobot --constraint dev.lock "$
 lock verify.lock ../pyproject.toml --extra verify --constraint dev.lock "$@"
 # The cloud clients of model folders' hooks, in the image only.
 lock hooks.lock hooks.in "$@"
+# What `make fuzz` adds, at the versions that the tests have.
+lock fuzz.lock ../pyproject.toml fuzz.in --constraint dev.lock "$@"
+# What `make audit` asks with.
+lock audit.lock audit.in "$@"
 # DRUM itself, which only `make check-contract` installs.
 lock incumbent.lock incumbent.in "$@"
 lock cpu.lock cpu.in --excludes cpu-excluded.txt "${torch_source[@]}" "$@"

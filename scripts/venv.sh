@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# scripts/venv.sh dev|engine FOLDER: builds one of the project's two virtual environments from its lock file.
+# scripts/venv.sh dev|engine|fuzz|audit FOLDER: builds one of the project's virtual environments from its lock file.
 # FOLDER/.complete is written last: whatever an interrupted run left behind is built anew. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,9 @@ venv=$2
 case $kind in
   dev) inputs=(requirements/dev.lock pyproject.toml scripts/venv.sh) ;;
   engine) inputs=(requirements/cpu.lock requirements/pip-check-accepted.txt scripts/venv.sh) ;;
-  *) echo "venv.sh: dev or engine?" >&2; exit 2 ;;
+  fuzz) inputs=(requirements/fuzz.lock pyproject.toml scripts/venv.sh) ;;
+  audit) inputs=(requirements/audit.lock scripts/venv.sh) ;;
+  *) echo "venv.sh: dev, engine, fuzz or audit?" >&2; exit 2 ;;
 esac
 
 say() { echo "set-up: $*"; }
@@ -41,11 +43,15 @@ MESSAGE
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 locked() { pip install -qq --only-binary=:all: --no-deps --require-hashes "$@"; }
 
-install_dev() {
-  locked -r requirements/dev.lock
+install_product() { # install_product LOCK: the packages of the lock, and the product as it is in src/
+  locked -r "$1"
   pip install -qq --no-deps --no-build-isolation --editable .
   pip check >/dev/null || pip check
 }
+
+install_dev() { install_product requirements/dev.lock; }
+install_fuzz() { install_product requirements/fuzz.lock; }
+install_audit() { locked -r requirements/audit.lock; }
 
 install_torch() {
   # Apart and first, because it may need an index of its own, and should fail before a gigabyte has been fetched.
@@ -92,6 +98,7 @@ python=$(find_python)
 case $kind in
   dev) say "building $venv, the product and its tools, with $("$python" --version) (about half a minute)" ;;
   engine) say "building $venv, vLLM for CPUs, with $("$python" --version) (1.3 GB to fetch; 2 to 10 minutes)" ;;
+  fuzz | audit) say "building $venv, what \`make $kind\` needs, with $("$python" --version) (about half a minute)" ;;
 esac
 "$python" -m venv --clear "$venv"
 "install_$kind"

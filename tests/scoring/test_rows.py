@@ -80,6 +80,21 @@ def test_bytes_that_are_no_text_are_named_by_their_offset(good: bytes, bad: byte
         rows(good + bad, charset)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_a_file_may_come_in_small_pieces(size: int) -> None:
+    """A pipe or a decompressor gives fewer bytes than asked for: a mark is still seen, and bad bytes are refused."""
+
+    class Pieces(io.BytesIO):
+        def read(self, asked: int | None = -1, /) -> bytes:
+            return super().read(size)
+
+    for charset in ("utf-8-sig", "utf-16", "utf-32"):
+        data = "promptText\r\nä\r\n".encode(charset)
+        assert [row.prompt for row in read_rows(Pieces(data), COLUMN)] == ["ä"]
+    with pytest.raises(EncodingError, match="before byte 24 is not ISO2022_JP text"):
+        list(read_rows(Pieces(b"promptText\na\x1b.;;;;;;;;;\n"), COLUMN, "iso2022_jp"))
+
+
 @pytest.mark.parametrize("charset", ["nonsense", "base64", "rot13", "idna", "punycode", "unicode_escape", "utf-7"])
 def test_a_charset_that_no_csv_is_written_in_is_refused(charset: str) -> None:
     with pytest.raises(TableError, match="charset"):

@@ -105,7 +105,7 @@ class Table:
 
     def __init__(self, file: IO[bytes], charset: str | None = None, delimiter: str = ",") -> None:
         csv.field_size_limit(LONGEST_CELL)  # for the whole process; csv has no other way
-        start = file.read(4)
+        start = _start(file)
         self._encoding = _encoding(start, charset)
         self._bytes = _Counted(file, start)
         # A cast: typeshed wants a name of it, which the wrapper can do without.
@@ -143,11 +143,14 @@ class Table:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except UnicodeDecodeError as error:
-            # The decoder was given all that was read so far; the error's bytes are the last of it.
-            at = self._bytes.given - len(error.object) + error.start
+        except UnicodeError as error:
+            if isinstance(error, UnicodeDecodeError):
+                # The decoder was given all that was read so far; the error's bytes are the last of it.
+                where = f"byte {self._bytes.given - len(error.object) + error.start}"
+            else:  # decoders with escape sequences (ISO 2022) keep what may be half of one, and do not say where it is
+                where = f"a byte before byte {self._bytes.given}"
             raise EncodingError(
-                f"byte {at} is not {self._encoding.upper()} text",
+                f"{where} is not {self._encoding.upper()} text",
                 "save the file as UTF-8, or name its charset in the content type",
             ) from error
 
@@ -203,6 +206,14 @@ def _position(header: list[str], column: str) -> int:
         f"the column {column!r} is missing; the CSV has {seen}",
         "rename the column, or set the runtime parameter prompt_column_name",
     )
+
+
+def _start(file: IO[bytes]) -> bytes:
+    """Enough bytes to see a byte order mark. A pipe or a decompressor may give fewer than it is asked for."""
+    start = b""
+    while len(start) < 4 and (more := file.read(4 - len(start))):
+        start += more
+    return start
 
 
 def _encoding(start: bytes, charset: str | None) -> str:

@@ -91,7 +91,7 @@ def test_a_file_may_come_in_small_pieces(size: int) -> None:
     for charset in ("utf-8-sig", "utf-16", "utf-32"):
         data = "promptText\r\nä\r\n".encode(charset)
         assert [row.prompt for row in read_rows(Pieces(data), COLUMN)] == ["ä"]
-    with pytest.raises(EncodingError, match="before byte 24 is not ISO2022_JP text"):
+    with pytest.raises(EncodingError, match=r"before byte \d+ is not ISO2022_JP text"):
         list(read_rows(Pieces(b"promptText\na\x1b.;;;;;;;;;\n"), COLUMN, "iso2022_jp"))
 
 

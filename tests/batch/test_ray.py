@@ -148,6 +148,7 @@ def test_too_many_failed_rows_end_the_run(nodes: Nodes, scoring: Scoring) -> Non
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_start_says_so_itself(nodes: Nodes, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
     engine = Engine.stub(tmp_path / "engine", -1)

@@ -88,17 +88,18 @@ def test_sigterm_with_open_streams(real_service):
     """
     service = real_service
     pids = service.processes()
-    ended = []
+    begun, ended = [], []
 
     def stream():
         short = {**LONG_STREAM, "max_tokens": 60}
         with httpx2.stream("POST", f"{service.url}/v1/chat/completions", json=short, timeout=120) as response:
+            begun.append(response.status_code)
             ended.append("".join(response.iter_text()))
 
     clients = [threading.Thread(target=stream) for _ in range(8)]
     for client in clients:
         client.start()
-    time.sleep(0.4)
+    service.wait_for(lambda: begun == [200] * 8, 30, "not all streams have begun")
     for _ in range(3):
         service.process.send_signal(signal.SIGTERM)
     time.sleep(0.2)

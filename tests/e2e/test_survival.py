@@ -91,7 +91,7 @@ def test_sigterm_with_open_streams(real_service):
     begun, ended = [], []
 
     def stream():
-        short = {**LONG_STREAM, "max_tokens": 60}
+        short = {**LONG_STREAM, "max_tokens": 200}
         with httpx2.stream("POST", f"{service.url}/v1/chat/completions", json=short, timeout=120) as response:
             begun.append(response.status_code)
             ended.append("".join(response.iter_text()))

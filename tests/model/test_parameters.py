@@ -182,6 +182,13 @@ def test_a_broken_envelope_is_named_and_not_shown(text: str) -> None:
     assert CANARY not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["trust_remote_code", "max_tokens", "default_parallelism", "served_model_name"])
+def test_a_credential_in_the_place_of_another_type_is_not_shown(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"MLOPS_RUNTIME_PARAM_{name} is a credential") as caught:
+        read_parameters(None, envelopes(**{name: envelope("credential", CANARY)}))
+    assert CANARY not in str(caught.value)
+
+
 def test_broken_envelopes_of_unknown_parameters_do_not_matter() -> None:
     assert read_parameters(None, envelopes(something="{")).warnings == ()
 

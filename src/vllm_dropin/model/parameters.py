@@ -144,10 +144,14 @@ class _Reader:
     def names(self) -> list[str]:
         return [*_KNOWN, *self.definitions]
 
+    def kind(self, name: str) -> ParameterType:
+        """The type that the folder declares, else the contract's."""
+        declared = self.definitions.get(name) or _KNOWN.get(name)
+        return declared.type if declared else "string"
+
     def offer(self, name: str, payload: object, source: str) -> None:
         """Take a stronger source's word for a parameter; null says nothing."""
-        definition, known = self.definitions.get(name), _KNOWN.get(name)
-        kind: ParameterType = definition.type if definition else known.type if known else "string"
+        definition, known, kind = self.definitions.get(name), _KNOWN.get(name), self.kind(name)
         place = f"parameter {name} ({source})"
         # The folder may declare max_model_len as a string or as a number: what it declares is what its hook gets.
         typed = coerce(payload, kind, place, loose=definition is None and name == "max_model_len")
@@ -168,7 +172,7 @@ class _Reader:
                 continue
             name = variable.removeprefix(ENVELOPE_PREFIX)
             if self.knows(name):
-                self.offer(name, _open_envelope(variable, environ[variable]), variable)
+                self.offer(name, _open_envelope(variable, environ[variable], self.kind(name)), variable)
                 continue
             self._hide(name, variable, environ[variable])
             if name.lower() in (known.lower() for known in self.names()):
@@ -211,8 +215,7 @@ class _Reader:
                 "use a name of docs/runtime-parameters.md, or define it in model-metadata.yaml",
             )
         payload: object = text
-        definition = self.definitions.get(name)
-        if (definition.type if definition else _KNOWN[name].type) == "credential":
+        if self.kind(name) == "credential":
             payload = _credential_of(text)
             self.warnings.append(f"--param {name}: other users of this machine can read a command line")
         self.offer(name, payload, "--param")
@@ -220,9 +223,8 @@ class _Reader:
     def values(self) -> ParameterValues:
         result: dict[str, ParameterValue] = {}
         for name in dict.fromkeys([*self.names(), *self.found]):
-            definition, known = self.definitions.get(name), _KNOWN.get(name)
+            definition, known, kind = self.definitions.get(name), _KNOWN.get(name), self.kind(name)
             found = self.found.get(name)
-            kind: ParameterType = definition.type if definition else known.type if known else "string"
             default = known.default if known else None
             if found is None:
                 if definition is not None and not definition.allowEmpty:
@@ -236,8 +238,8 @@ class _Reader:
         return ParameterValues(result, tuple(self.warnings))
 
 
-def _open_envelope(variable: str, text: str) -> object:
-    """The payload. The text is not repeated in messages: it may be a credential."""
+def _open_envelope(variable: str, text: str, kind: ParameterType) -> object:
+    """The payload for a parameter of this type. The text is not repeated in messages: it may be a credential."""
     try:
         envelope = json.loads(text)
     except (ValueError, RecursionError):
@@ -246,7 +248,11 @@ def _open_envelope(variable: str, text: str) -> object:
         raise ConfigurationError(
             f'{variable} is not an envelope {{"type": …, "payload": …}}', "give plain values with --param NAME=VALUE"
         )
-    return envelope["payload"]
+    payload = envelope["payload"]
+    if envelope.get("type") == "credential" and kind != "credential" and payload is not None:
+        # Other types are taken from the declaration, but messages may quote their values.
+        raise ConfigurationError(f"{variable} is a credential, and the parameter is declared as {kind}")
+    return payload
 
 
 def _credential_of(text: str) -> object:

@@ -124,7 +124,7 @@ def test_a_date_stays_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ['!!int ""', "!!float x", "!!bool x", "!!timestamp x", "9" * 5000])
 def test_a_value_that_is_not_of_its_tag_is_refused_with_its_line(tmp_path: Path, value: str) -> None:
     """PyYAML ends in an IndexError, a KeyError or an AttributeError there."""
-    file = tmp_path / FILE_NAME
+    file = tmp_path / "model-metadata.yaml"
     file.write_text(MINIMAL_METADATA + f"modelID: {value}\n")
     with pytest.raises(ConfigurationError, match=r"model-metadata\.yaml, line 4, column 10: this is no \w+$"):
         read_metadata(file)

@@ -25,6 +25,8 @@ KEY = (
         f"Bearer {TOKEN}, and more",
         base64.b64encode(TOKEN.encode()).decode(),
         base64.urlsafe_b64encode(TOKEN.encode()).decode(),
+        *(base64.b64encode(f"{user}:{TOKEN}@host".encode()).decode() for user in ("u", "us", "use")),
+        base64.urlsafe_b64encode(f"u?:{TOKEN}".encode()).decode(),
         urllib.parse.quote(TOKEN),
         urllib.parse.quote(TOKEN, safe=""),
         urllib.parse.quote_plus(TOKEN),

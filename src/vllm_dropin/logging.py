@@ -6,11 +6,12 @@ import base64
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import quote, quote_plus
 
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s  %(message)s"
+_SHORTEST_INSIDE = 8  # characters of base64; fewer are found in ordinary words
 
 
 class Redactor(logging.Filter):
@@ -62,7 +63,21 @@ def _forms(secret: str) -> set[str]:
         base64.urlsafe_b64encode(data).decode().rstrip("="),
         json.dumps(secret)[1:-1],
         repr(secret)[1:-1],
+        *_inside_base64(data),
     }
+
+
+def _inside_base64(data: bytes) -> Iterator[str]:
+    """What becomes of a secret behind something else in base64, as in `Basic` with a user name: by place, of three.
+
+    The first and the last character are left where they depend on the neighbours; short ones would hide too much.
+    """
+    for before in range(3):
+        encoded = base64.b64encode(bytes(before) + data)
+        inner = encoded[-(-before * 8 // 6) : (before + len(data)) * 8 // 6].decode()
+        if len(inner) >= _SHORTEST_INSIDE:
+            yield inner
+            yield inner.replace("+", "-").replace("/", "_")
 
 
 class _Formatter(logging.Formatter):

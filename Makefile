@@ -1,6 +1,7 @@
 # Each target sets up what it needs, once: .venv (the product and its tools) and .venv-engine (vLLM for CPUs).
 #   make serve ADDRESS=127.0.0.1:9000                     another address
 #   make serve VLLM_DROPIN_ENGINE_PYTHON=/path/python     an engine of your own: .venv-engine is not built
+#   make fuzz EXAMPLES=20000 SECONDS=600 SEED=7           more of it, or the same again
 #   make test ARGS='-k predict -x'                        options for what the target runs
 #   make PYTHON=/path/python3.12 ...                      the interpreter that the environments are built with
 
@@ -26,6 +27,7 @@ help:
 	@echo 'make test            all tests but the slow ones, the real engine included (under 10 minutes on 2 cores)'
 	@echo 'make test-fast       the tests that need no engine'
 	@echo 'make test-slow       the tests that are left out of "make test"'
+	@echo 'make fuzz            random inputs by the thousand: requests, tables, files, flags (about 10 minutes)'
 	@echo 'make lint            ruff, mypy, import-linter'
 	@echo 'make check-contract  the contract suite against DRUM and against this, side by side'
 	@echo 'make bench           the numbers of docs/benchmarks.md'
@@ -50,6 +52,15 @@ test-fast: $(DEV)
 .PHONY: test-slow
 test-slow: $(DEV) $(ENGINE)
 	$(BIN)/pytest -m slow $(ARGS)
+
+EXAMPLES ?= 2000
+SECONDS ?= 60
+SEED ?= $(shell date +%s)
+
+.PHONY: fuzz
+fuzz: .venv-fuzz/.complete $(ENGINE)
+	FUZZ_EXAMPLES=$(EXAMPLES) FUZZ_SECONDS=$(SECONDS) .venv-fuzz/bin/pytest tests/fuzz -m fuzz \
+		--hypothesis-seed=$(SEED) $(ARGS)
 
 .PHONY: lint
 lint: $(DEV)
@@ -85,6 +96,9 @@ clean:
 
 $(DEV): requirements/dev.lock pyproject.toml scripts/venv.sh
 	@scripts/venv.sh dev .venv
+
+.venv-fuzz/.complete: requirements/fuzz.lock pyproject.toml scripts/venv.sh
+	@scripts/venv.sh fuzz .venv-fuzz
 
 $(ENGINE): requirements/cpu.lock requirements/pip-check-accepted.txt scripts/venv.sh
 	@scripts/venv.sh engine .venv-engine

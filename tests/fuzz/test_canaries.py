@@ -128,8 +128,8 @@ class OursWithSecrets(Ours):
 
     def command(self, folder: Path, engine: Engine, port: int, scratch: Path) -> list[str]:
         files = ["--api-key-file", str(scratch / "keys"), "--runtime-params-file", str(scratch / "values.yaml")]
-        run = ["--runtime-dir", str(scratch / "run"), "--logging-level", "debug", "--param", "max_watchdog_restarts=1"]
-        return [*super().command(folder, engine, port, scratch), *files, *run]
+        more = ["--logging-level", "debug", "--param", "max_watchdog_restarts=1"]
+        return [*super().command(folder, engine, port, scratch), *files, *more]
 
 
 class Scene:
@@ -137,6 +137,8 @@ class Scene:
 
     def __init__(self, scratch: Path, events: Events, dies: bool = False, **environ: str) -> None:
         self.scratch, self.events = scratch, events
+        self.runtime: list[Path] = []
+        """The folder of this run, once it is known: its path is short, so it is not below ours."""
         scratch.mkdir()
         leaks, self.seen = scratch / "leaks.json", scratch / "seen"
         leaks.write_text(json.dumps([*GIVEN, PRIVATE]))
@@ -200,7 +202,7 @@ class Scene:
 
     def written(self) -> set[str]:
         """The files in the folders of state and of this run that have a secret in them. Each is for its owner only."""
-        found = [path for name in ("state", "run") for path in files_below(self.scratch / name)]
+        found = [path for folder in (self.scratch / "state", *self.runtime) for path in files_below(folder)]
         with_secrets = [path for path in found if leaked(path.read_bytes())]
         assert [path for path in with_secrets if path.stat().st_mode & 0o077] == []
         return {path.name for path in with_secrets}
@@ -232,6 +234,7 @@ def test_a_service_keeps_its_secrets_whatever_its_hook_and_engine_say(scene: Any
     service: Service = shown.service
     shown.wait_ready(restarts=0)
     launch = service.launch()
+    shown.runtime = [Path(launch.values("--uds")[0]).parent]
     assert launch.environ["HF_TOKEN"] == HUB
     assert launch.environ["AWS_SESSION_TOKEN"] == MADE
     assert leaked(shown.seen.read_text(), HUB, BUCKET, EXTRA, FILE_VALUE, PRIVATE_LINE) == []  # the hook's environment

@@ -20,6 +20,8 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
+pytest.importorskip("httpx2", reason="the drivers of the contract suite need it: make test")
+
 from tests.conftest import Stage
 from tests.contract.drivers import Engine, Ours, Service, envelopes, free_port, start
 from tests.contract.folders import make_folder

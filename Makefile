@@ -28,6 +28,7 @@ help:
 	@echo 'make test-fast       the tests that need no engine'
 	@echo 'make test-slow       the tests that are left out of "make test"'
 	@echo 'make fuzz            random inputs by the thousand: requests, tables, files, flags (about 10 minutes)'
+	@echo 'make audit           known vulnerabilities of what the lock files pin (asks a database on the internet)'
 	@echo 'make lint            ruff, mypy, import-linter'
 	@echo 'make check-contract  the contract suite against DRUM and against this, side by side'
 	@echo 'make bench           the numbers of docs/benchmarks.md'
@@ -61,6 +62,10 @@ SEED ?= $(shell date +%s)
 fuzz: .venv-fuzz/.complete $(ENGINE)
 	FUZZ_EXAMPLES=$(EXAMPLES) FUZZ_SECONDS=$(SECONDS) .venv-fuzz/bin/pytest tests/fuzz -m fuzz \
 		--hypothesis-seed=$(SEED) $(ARGS)
+
+.PHONY: audit
+audit: .venv-audit/.complete
+	@.venv-audit/bin/python scripts/audit.py $(ARGS)
 
 .PHONY: lint
 lint: $(DEV)
@@ -99,6 +104,9 @@ $(DEV): requirements/dev.lock pyproject.toml scripts/venv.sh
 
 .venv-fuzz/.complete: requirements/fuzz.lock pyproject.toml scripts/venv.sh
 	@scripts/venv.sh fuzz .venv-fuzz
+
+.venv-audit/.complete: requirements/audit.lock scripts/venv.sh
+	@scripts/venv.sh audit .venv-audit
 
 $(ENGINE): requirements/cpu.lock requirements/pip-check-accepted.txt scripts/venv.sh
 	@scripts/venv.sh engine .venv-engine

@@ -78,22 +78,22 @@ def test_what_was_rotated_is_read_again(plain: Resolve, keys: Path, pair: Certif
     cert.write_text(pair.cert.read_text())
     key.write_text(pair.key.read_text())
     options = {"api_key_file": str(keys), "tls_cert": str(cert), "tls_key": str(key)}
-    listen = plain(environ={KEYS_VARIABLE: "env-one"}, **options).listen
+    settings = plain(environ={KEYS_VARIABLE: "env-one"}, **options)
     keys.write_text("key-two\nkey-three\n")
     cert.write_text(other.cert.read_text())
     with pytest.raises(ConfigurationError, match="is not the private key of"):
-        reread(listen, [])
+        reread(settings, [])
     key.write_text(other.key.read_text())
-    renewed = reread(listen, [])
+    renewed = reread(settings, []).listen
     assert revealed(renewed) == ["env-one", "key-two", "key-three"]
     assert renewed.tls is not None
     assert other.key.read_text() in renewed.tls.pem.reveal()
     keys.write_text("# none any more\n")
     with pytest.raises(ConfigurationError, match="has no key"):
-        reread(listen, [])
+        reread(settings, [])
     keys.unlink()
     with pytest.raises(ConfigurationError, match=r"cannot read the keys in .*: No such file"):
-        reread(listen, [])
+        reread(settings, [])
 
 
 def test_certificate_and_key_may_be_one_file(plain: Resolve, tmp_path: Path, pair: Certificate) -> None:

@@ -127,7 +127,7 @@ async def _follow(settings: Settings, url: str, client: EngineClient, state: Sha
         raise ConfigurationError(
             f"{url} asks for a key (status {status})", "Set OPENAI_API_KEY, or give a file with --upstream-key-file."
         )
-    await watch_upstream(settings, state, board)
+    await watch_upstream(lambda: settings, state, board)
 
 
 async def _until_ready(state: SharedState, life: asyncio.Task[None], say: Callable[[str], None]) -> None:

@@ -88,14 +88,15 @@ class Gateway:
             routes[path] = Route(_WRITE, self._forwarder.chat, openai=True)
         return routes
 
-    def renew_keys(self, keys: Sequence[str]) -> None:
-        """Accept these keys from the next request on, and no others.
+    def renew_keys(self, keys: Sequence[str], engine_key: str | None) -> None:
+        """From the next request on accept these keys and no others, and show the engine that one.
 
         Raises ValueError when that would open a door that was guarded.
         """
         if not keys and self._config.api_keys:
             raise ValueError("a guarded gateway can't be left without keys")
         self._access.renew(keys)
+        self._engine.key = engine_key
 
     async def close(self) -> None:
         await self._engine.close()

@@ -33,13 +33,14 @@ class EngineAnswer:
 
 
 class EngineClient:
-    """Asks the engine. Use inside a running event loop; `close` at the end."""
+    """Asks the engine, with its `key` where it has one. Use inside a running event loop; `close` at the end."""
 
     def __init__(self, config: GatewayConfig, state: SharedState, slot: Slot) -> None:
         self._config = config
         self._state = state
         self._slot = slot
         self._base = (config.engine_url or "http://engine").rstrip("/")
+        self.key = config.engine_key
         self._pool: Pool | None = None
 
     @property
@@ -73,8 +74,8 @@ class EngineClient:
         sent = {"Accept-Encoding": "identity", **dict(headers)}
         if isinstance(body, Body):
             sent["Content-Length"] = str(body.size)
-        if self._config.engine_key is not None:
-            sent["Authorization"] = f"Bearer {self._config.engine_key}"
+        if self.key is not None:
+            sent["Authorization"] = f"Bearer {self.key}"
         pool, response = await self._send(method, url, sent, body, timeout or self._config.limits.request_timeout)
         try:
             yield response

@@ -93,8 +93,8 @@ async def _renew(config_path: Path, app: Gateway, server: InheritedServer, hangu
         hangup.clear()
         try:
             config = GatewayConfig.load(config_path)
-            logging.REDACTOR.learn(config.api_keys)
-            app.renew_keys(config.api_keys)
+            logging.REDACTOR.learn(key for key in (*config.api_keys, config.engine_key) if key)
+            app.renew_keys(config.api_keys, config.engine_key)
             if config.tls is not None and config.tls != server.pem:
                 await server.renew_certificate(config.tls)
         except (OSError, ValueError):

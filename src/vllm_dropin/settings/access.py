@@ -15,7 +15,7 @@ from vllm_dropin.model.secret import Secret
 from vllm_dropin.settings import choices
 from vllm_dropin.settings.choices import Choices
 from vllm_dropin.settings.options import KEYS_VARIABLE
-from vllm_dropin.settings.settings import Keys, Listen, Tls
+from vllm_dropin.settings.settings import Keys, Listen, Settings, Tls
 
 
 def read_listen(options: Choices, environ: Mapping[str, str], warnings: list[str]) -> Listen:
@@ -55,16 +55,21 @@ def read_listen(options: Choices, environ: Mapping[str, str], warnings: list[str
     return Listen(host, port, prefix, workers, "key" if auth == "key" else "none", keys, tls)
 
 
-def reread(listen: Listen, warnings: list[str]) -> Listen:
-    """The same door, with the files of its keys and its certificate read again.
+def reread(settings: Settings, warnings: list[str]) -> Settings:
+    """The same service, with the files of its keys, its certificate and its upstream's key read again.
 
     Raises ConfigurationError when they can't be used: what was read before is still good then.
     """
-    keys = listen.keys
+    listen, keys = settings.listen, settings.listen.keys
     if keys.file is not None:
         keys = replace(keys, accepted=_united(keys.fixed, read_keys(keys.file, warnings)))
     tls = read_tls(listen.tls.cert, listen.tls.key, warnings) if listen.tls else None
-    return replace(listen, keys=keys, tls=tls)
+    file = settings.upstream_key_file
+    return replace(
+        settings,
+        listen=replace(listen, keys=keys, tls=tls),
+        upstream_key=read_keys(file, warnings)[0] if file else settings.upstream_key,
+    )
 
 
 def is_loopback(host: str) -> bool:

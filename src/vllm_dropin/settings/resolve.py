@@ -65,7 +65,8 @@ def resolve(
     listen = read_listen(options, environ, warnings)
     generation = _generation(parameters)
     limits = _limits(options, parameters, generation)
-    upstream, upstream_key = _upstream(options, environ, warnings)
+    upstream, upstream_key_file = _upstream(options, environ), options.path("upstream_key_file")
+    upstream_key = read_keys(upstream_key_file, warnings)[0] if upstream and upstream_key_file else None
     paths = Paths(_state_dir(options, environ), options.path("runtime_dir"))
     hook_timeout = options.read("hook_timeout", choices.seconds)
     hook_paths = options.folders("hook_path")
@@ -100,6 +101,7 @@ def resolve(
         model=planned.model if planned else None,
         upstream=upstream,
         upstream_key=upstream_key,
+        upstream_key_file=upstream_key_file if upstream else None,
         served_model_names=(
             planned.plan.served_model_names if planned else (str(served.value),) if served.given else ()
         ),
@@ -249,14 +251,13 @@ def _hook(folder: ModelFolder, timeout: float, extra_paths: tuple[Path, ...]) ->
     return HookSettings(hook.file, hook.has_init, hook.has_load_model, timeout, extra_paths)
 
 
-def _upstream(options: Choices, environ: Mapping[str, str], warnings: list[str]) -> tuple[str | None, Secret | None]:
+def _upstream(options: Choices, environ: Mapping[str, str]) -> str | None:
     """The server to stand in front of: --upstream, or the contract's --sidecar with OPENAI_HOST and OPENAI_PORT."""
     url, sidecar = options.text("upstream"), options.switch("sidecar")
-    key_file = options.path("upstream_key_file")
     if url is None and sidecar:
         url = f"http://{environ.get('OPENAI_HOST') or 'localhost'}:{environ.get('OPENAI_PORT') or '9999'}"
     if url is None:
-        return None, None
+        return None
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -268,8 +269,7 @@ def _upstream(options: Choices, environ: Mapping[str, str], warnings: list[str])
         raise ConfigurationError(
             f"upstream '{shown}' is not a URL such as http://localhost:9999", "Give its key with --upstream-key-file."
         )
-    keys = read_keys(key_file, warnings) if key_file else ()
-    return url.rstrip("/").removesuffix("/v1"), keys[0] if keys else None
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def _ignored_by_upstream(folder: ModelFolder, flags: Flags) -> list[str]:

@@ -144,7 +144,10 @@ class Environments:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything about one service. `engine` is None when an upstream is served instead of an engine of ours."""
+    """Everything about one service. `engine` is None when an upstream is served instead of an engine of ours.
+
+    `upstream_key_file` is where its key is read again from.
+    """
 
     folder: ModelFolder
     target_type: str
@@ -162,6 +165,7 @@ class Settings:
     model: ModelPlan | None
     upstream: str | None
     upstream_key: Secret | None
+    upstream_key_file: Path | None
     served_model_names: tuple[str, ...]
     environments: Environments
     parameters: ParameterValues

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ class Supervisor:
         """Prepare and keep the engine, or watch the upstream. Ends only by an error or by cancellation."""
         settings = for_clients(self._settings)
         if settings.upstream is not None:
-            await watch_upstream(settings, state, board)
+            await watch_upstream(lambda: self._settings, state, board)
             return
         prepare_state_dir(settings.paths.state_dir)
         site = await Launch(settings, runtime, board, reporter).prepare()
@@ -151,9 +151,8 @@ class Supervisor:
             self._hangup.clear()
             warnings: list[str] = []
             try:
-                listen = await asyncio.to_thread(reread, self._settings.listen, warnings)
-                REDACTOR.learn(key.reveal() for key in listen.api_keys)
-                settings = replace(self._settings, listen=listen)
+                settings = await asyncio.to_thread(reread, self._settings, warnings)
+                REDACTOR.learn(settings.secrets())
                 await asyncio.to_thread(brief, settings, runtime)
             except (ConfigurationError, OSError) as error:
                 log.error("SIGHUP: keys and certificate stay as they were: %s", error)
@@ -162,7 +161,7 @@ class Supervisor:
             workers.renew()
             for warning in warnings:
                 log.warning("%s", warning)
-            log.info("SIGHUP: %d key(s)%s read again", len(listen.api_keys), " and the certificate" * bool(listen.tls))
+            log.info("SIGHUP: %s read again", " and ".join(_renewable(settings)))
 
     async def _drain(self, state: SharedState, board: PhaseBoard) -> bool:
         """Refuse new work and wait for what runs. False when the deadline passed first."""
@@ -212,18 +211,28 @@ def has_terminal() -> bool:
     return True
 
 
+def _renewable(settings: Settings) -> list[str]:
+    """What SIGHUP reads again, in words."""
+    words = [f"{len(settings.listen.api_keys)} key(s)"]
+    words += ["the certificate"] * bool(settings.listen.tls)
+    return words + ["the key of the upstream"] * bool(settings.upstream_key_file)
+
+
 def _running(state: SharedState) -> int:
     return state.total("in_flight") + state.total("queued") + state.total("rows_in_flight")
 
 
-async def watch_upstream(settings: Settings, state: SharedState, board: PhaseBoard) -> None:
-    """Follow the health of a server that somebody else runs: ready while it answers, loading while it does not."""
-    assert settings.upstream is not None
-    key = settings.upstream_key.reveal() if settings.upstream_key else None
-    probe = Probe(settings.upstream, key=key)
+async def watch_upstream(current: Callable[[], Settings], state: SharedState, board: PhaseBoard) -> None:
+    """Follow the health of a server that somebody else runs: ready while it answers, loading while it does not.
+
+    `current` are the settings of the moment: SIGHUP renews the key.
+    """
     state.generation += 1
     board.enter(Phase.LOADING, "waiting for the upstream")
     while True:
+        settings = current()
+        assert settings.upstream is not None
+        probe = Probe(settings.upstream, key=settings.upstream_key.reveal() if settings.upstream_key else None)
         if (models := await probe.models()) is not None:
             state.max_model_len = models.max_model_len
             board.enter(Phase.READY)

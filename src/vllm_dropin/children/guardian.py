@@ -3,8 +3,9 @@
     guardian.py LIFELINE_FD REPORT_FD COMMAND...
 
 LIFELINE_FD is the read end of a pipe whose write end only the supervisor holds: end of file means that the supervisor
-is dead, however it died. REPORT_FD takes two lines: `started PID`, then `exited STATUS` (a wait status). The guardian
-is the engine's subreaper, so that what the engine leaves behind becomes our child and is found by its parent.
+is dead, however it died. REPORT_FD takes two lines: `started PID`, then `exited STATUS` (a wait status) as soon as the
+engine's first process has ended; what that leaves behind is killed then, and our own end says that it is gone. The
+guardian is the engine's subreaper, so that what the engine leaves behind becomes our child and is found by its parent.
 
 Standard library only, and few imports: this process lives as long as the engine does. (Own session, subreaper and
 PDEATHSIG in the supervisor are not enough: forks do not inherit PDEATHSIG, and the subreaper is what died.)
@@ -19,6 +20,9 @@ import time
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+LEFT_BEHIND = 2.5
+"""Seconds that what a dead engine left behind gets to die of SIGKILL. A driver may hold a process for longer, but the
+next engine imports for longer still before it touches a GPU, and should not wait."""
 
 
 def become_subreaper() -> None:
@@ -130,8 +134,8 @@ def main(arguments: list[str]) -> int:
             os.read(wake_read, 4096)
         ended = reap()
         if engine in ended:
-            kill_all()
             tell(report, f"exited {ended[engine]}")
+            kill_all(LEFT_BEHIND)
             return 0
 
 

@@ -108,7 +108,7 @@ class EngineKeeper:
         self._state.generation += 1
         self._board.engine(process.pid, self._restarts)
         log.info("engine started, process %d", process.pid)
-        end = asyncio.create_task(process.wait())
+        end = asyncio.create_task(process.fell.wait())
         ready_at: float | None = None
         sickness = ""
         try:
@@ -128,9 +128,9 @@ class EngineKeeper:
                     await write_stacks(process)
                 await process.kill()
                 return reason, ready_for
-            status = end.result()
+            self._leave_ready("it ended unasked")  # now: what it left behind may take seconds to die
+            status = await process.wait()
             reason = f"{status}; {self._cause.line()}"
-            self._leave_ready(reason)
             log.error("the engine ended unasked (%s)", REDACTOR.hide(reason))
             return reason, ready_for
         finally:
@@ -168,6 +168,7 @@ class EngineKeeper:
             if watch is not None and await watch.hangs(clock()):
                 return f"nothing has moved in it for {self._hang_timeout:g} s while requests wait for it"
             if await self._site.probe.health() == 503:
+                self._leave_ready(DEAD)
                 await asyncio.wait({end}, timeout=0.5)  # its own exit tells more than our kill
                 return DEAD
             await asyncio.wait({end}, timeout=WATCH_POLL)

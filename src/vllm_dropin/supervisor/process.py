@@ -125,7 +125,11 @@ class PipeReader:
 
 
 class GuardedProcess:
-    """A started engine, hook or download. `pid` leads its session; `wait` returns when all of it is gone."""
+    """A started engine, hook or download. `pid` leads its session.
+
+    `fell` is set when its first process has ended: that is the end of its work. `wait` returns when all of it is gone,
+    which may take seconds longer.
+    """
 
     guardians: ClassVar[set[int]] = set()
     """Guardians that somebody waits for, so that the reaper of orphans leaves them alone."""
@@ -139,6 +143,7 @@ class GuardedProcess:
         self._lifeline: int | None = lifeline
         self._report = report
         self._output = output
+        self.fell = asyncio.Event()
         self._end = asyncio.create_task(self._watch(), name="engine-watch")
         self._log: asyncio.Task[None] | None = None
         self.guardians.add(guardian.pid)
@@ -190,6 +195,7 @@ class GuardedProcess:
 
     async def _watch(self) -> ExitStatus:
         line = (await self._report.stream.readline()).split()
+        self.fell.set()
         await self._guardian.wait()
         self.guardians.discard(self.guardian_pid)
         self._report.close()
@@ -215,8 +221,8 @@ class GuardedProcess:
         return descendants(self.guardian_pid)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the engine's first process."""
-        if not self.ended:
+        """Send a signal to the engine's first process, unless it has ended: its pid may be another's by then."""
+        if not self.fell.is_set():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 

@@ -1,4 +1,4 @@
-"""The runtime folder (private, of one process) and the public socket."""
+"""The runtime folder (private, of one process; those of killed ones are swept) and the public socket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_dropin.errors import AddressError, ConfigurationError
+from vllm_dropin.logging import get
 
+log = get("runtime")
+
+PREFIX = "vllm-dropin-"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 SOCKET_PATH_LIMIT = 100
 """Bytes: a unix socket's path has 108 on Linux, and vLLM adds to it for its own sockets."""
 
@@ -24,8 +29,9 @@ BACKLOG = 2048
 class RuntimeFolder:
     """A 0700 folder that lives as long as the supervisor: engine socket, shared state, worker configuration.
 
-    `lock` is an open descriptor that holds a lock on it: systemd-tmpfiles, which empties the temporary folder of what
-    is ten days old, leaves a locked folder alone.
+    `lock` is an open descriptor that holds a shared lock on it. It says that we live: `sweep` removes the folders that
+    nobody has locked, and systemd-tmpfiles, which empties the temporary folder of what is ten days old, leaves a locked
+    one alone.
     """
 
     path: Path
@@ -35,20 +41,23 @@ class RuntimeFolder:
     def create(cls, wanted: Path | None) -> RuntimeFolder:
         """Make a new private folder below `wanted`, or below the temporary folder when that path is too long.
 
-        Raises ConfigurationError when neither can be written.
+        What killed processes have left there is removed. Raises ConfigurationError when neither can be written.
         """
         base = wanted or Path(tempfile.gettempdir())
         if len(os.fsencode(base)) + len("/vllm-dropin-xxxxxxxx/engine.sock") > SOCKET_PATH_LIMIT:
             base = Path("/tmp")  # noqa: S108 (mkdtemp makes it private)
         try:
             base.mkdir(parents=True, exist_ok=True)
-            path = Path(tempfile.mkdtemp(prefix="vllm-dropin-", dir=base))
+            sweep(base)
+            while True:
+                path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+                with contextlib.suppress(FileNotFoundError):  # another's sweep came before our lock
+                    return cls(path, _lock(path))
         except OSError as error:
             raise ConfigurationError(
                 f"cannot make a runtime folder in {base}: {error.strerror}",
                 "Give a writable folder with --runtime-dir.",
             ) from error
-        return cls(path, _lock(path))
 
     @property
     def engine_socket(self) -> Path:
@@ -68,11 +77,33 @@ class RuntimeFolder:
             os.close(self.lock)
 
 
-def _lock(folder: Path) -> int | None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _lock(folder: Path) -> int:
+    """Lock a new folder. Raises FileNotFoundError when it has gone meanwhile."""
+    descriptor = os.open(folder, _FOLDER)
     with contextlib.suppress(OSError):  # a file system without locks, and most likely without a cleaner
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if not folder.exists():
+        os.close(descriptor)
+        raise FileNotFoundError(folder)
     return descriptor
+
+
+def sweep(base: Path) -> None:
+    """Remove the runtime folders below `base` whose processes are dead: a SIGKILL leaves sockets and a TLS key there.
+
+    Only what is certainly ours and dead goes: a private folder of this user, no link, that nobody holds a lock on.
+    """
+    for path in base.glob(f"{PREFIX}????????"):
+        with contextlib.suppress(OSError):  # somebody lives there, it is not ours, or another has just swept it
+            descriptor = os.open(path, _FOLDER)
+            try:
+                found = os.fstat(descriptor)
+                if found.st_uid == os.geteuid() and not found.st_mode & 0o077:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path)
+                    log.info("removed %s, which a killed process had left", path)
+            finally:
+                os.close(descriptor)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -27,11 +27,12 @@ from vllm_dropin.supervisor.phases import PhaseBoard
 from vllm_dropin.supervisor.probe import Probe
 from vllm_dropin.supervisor.process import GuardedProcess
 from vllm_dropin.supervisor.runtime import RuntimeFolder, listen
-from vllm_dropin.supervisor.workers import GatewayWorkers
+from vllm_dropin.supervisor.workers import GatewayWorkers, without
 
 log = get("supervisor")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 TICK = 0.05
 """Seconds between looks at the in-flight counters while draining."""
 
@@ -60,10 +61,11 @@ class Supervisor:
         finally:
             public.close()
             runtime.remove()
-            for number in (*STOP_SIGNALS, signal.SIGHUP):
-                # The loop takes its handlers with it: one more SIGTERM would then change our exit code.
-                loop.remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN)
+            # The loop takes its handlers with it: one more SIGTERM would then change our exit code.
+            with without(*SIGNALS):
+                for number in SIGNALS:
+                    loop.remove_signal_handler(number)
+                    signal.signal(number, signal.SIG_IGN)
 
     async def _run(self, public: socket.socket, runtime: RuntimeFolder) -> int:
         settings = self._settings

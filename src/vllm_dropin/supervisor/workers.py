@@ -41,7 +41,7 @@ class GatewayWorkers:
 
     async def _start(self, slot: int) -> asyncio.subprocess.Process:
         descriptor = self._public.fileno()
-        with _without(signal.SIGHUP):  # it would end a worker that has no handler yet; the worker takes it up later
+        with without(signal.SIGHUP):  # it would end a worker that has no handler yet; the worker takes it up later
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -113,9 +113,9 @@ class GatewayWorkers:
 
 
 @contextlib.contextmanager
-def _without(number: signal.Signals) -> Iterator[None]:
-    """Block a signal in this thread, and in the processes that it starts, for which it then waits."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+def without(*numbers: signal.Signals) -> Iterator[None]:
+    """Block signals in this thread, and in the processes that it starts, for which they then wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 #   make serve ADDRESS=127.0.0.1:9000                     another address
 #   make serve VLLM_DROPIN_ENGINE_PYTHON=/path/python     an engine of your own: .venv-engine is not built
 #   make fuzz EXAMPLES=20000 SECONDS=600 SEED=7           more of it, or the same again
+#   make soak ARGS='--minutes 60 --seed 7'                longer, or the same faults again
 #   make test ARGS='-k predict -x'                        options for what the target runs
 #   make PYTHON=/path/python3.12 ...                      the interpreter that the environments are built with
 
@@ -28,6 +29,7 @@ help:
 	@echo 'make test-fast       the tests that need no engine'
 	@echo 'make test-slow       the tests that are left out of "make test"'
 	@echo 'make fuzz            random inputs by the thousand: requests, tables, files, flags (about 10 minutes)'
+	@echo 'make soak            load and faults for 20 minutes: what is lost, what grows, what is left over; a report'
 	@echo 'make audit           known vulnerabilities of what the lock files pin (asks a database on the internet)'
 	@echo 'make lint            ruff, mypy, import-linter'
 	@echo 'make check-contract  the contract suite against DRUM and against this, side by side'
@@ -63,6 +65,10 @@ fuzz: .venv-fuzz/.complete $(ENGINE)
 	FUZZ_EXAMPLES=$(EXAMPLES) FUZZ_SECONDS=$(SECONDS) .venv-fuzz/bin/pytest tests/fuzz -m fuzz \
 		--hypothesis-seed=$(SEED) $(ARGS)
 
+.PHONY: soak
+soak: .venv-soak/.complete $(ENGINE)
+	@.venv-soak/bin/python -m soak $(ARGS)
+
 .PHONY: audit
 audit: .venv-audit/.complete
 	@.venv-audit/bin/python scripts/audit.py $(ARGS)
@@ -96,14 +102,17 @@ lock:
 
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-* .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist examples/*/vllm
-	find src tests scripts examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .venv-* .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist soak-report examples/*/vllm
+	find src tests scripts examples benchmarks soak -name __pycache__ -prune -exec rm -rf {} +
 
 $(DEV): requirements/dev.lock pyproject.toml scripts/venv.sh
 	@scripts/venv.sh dev .venv
 
 .venv-fuzz/.complete: requirements/fuzz.lock pyproject.toml scripts/venv.sh
 	@scripts/venv.sh fuzz .venv-fuzz
+
+.venv-soak/.complete: requirements/soak.lock pyproject.toml scripts/venv.sh
+	@scripts/venv.sh soak .venv-soak
 
 .venv-audit/.complete: requirements/audit.lock scripts/venv.sh
 	@scripts/venv.sh audit .venv-audit

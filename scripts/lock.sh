@@ -39,6 +39,8 @@ lock verify.lock ../pyproject.toml --extra verify --constraint dev.lock "$@"
 lock hooks.lock hooks.in "$@"
 # What `make fuzz` adds, at the versions that the tests have.
 lock fuzz.lock ../pyproject.toml fuzz.in --constraint dev.lock "$@"
+# What `make soak` adds, at the versions that the tests have.
+lock soak.lock ../pyproject.toml soak.in --constraint dev.lock "$@"
 # What `make audit` asks with.
 lock audit.lock audit.in "$@"
 # DRUM itself, which only `make check-contract` installs.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# scripts/venv.sh dev|engine|fuzz|audit FOLDER: builds one of the project's virtual environments from its lock file.
+# scripts/venv.sh dev|engine|fuzz|soak|audit FOLDER: builds one of the project's virtual environments from its lock file.
 # FOLDER/.complete is written last: whatever an interrupted run left behind is built anew. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,8 +10,9 @@ case $kind in
   dev) inputs=(requirements/dev.lock pyproject.toml scripts/venv.sh) ;;
   engine) inputs=(requirements/cpu.lock requirements/pip-check-accepted.txt scripts/venv.sh) ;;
   fuzz) inputs=(requirements/fuzz.lock pyproject.toml scripts/venv.sh) ;;
+  soak) inputs=(requirements/soak.lock pyproject.toml scripts/venv.sh) ;;
   audit) inputs=(requirements/audit.lock scripts/venv.sh) ;;
-  *) echo "venv.sh: dev, engine, fuzz or audit?" >&2; exit 2 ;;
+  *) echo "venv.sh: dev, engine, fuzz, soak or audit?" >&2; exit 2 ;;
 esac
 
 say() { echo "set-up: $*"; }
@@ -51,6 +52,7 @@ install_product() { # install_product LOCK: the packages of the lock, and the pr
 
 install_dev() { install_product requirements/dev.lock; }
 install_fuzz() { install_product requirements/fuzz.lock; }
+install_soak() { install_product requirements/soak.lock; }
 install_audit() { locked -r requirements/audit.lock; }
 
 install_torch() {
@@ -98,7 +100,7 @@ python=$(find_python)
 case $kind in
   dev) say "building $venv, the product and its tools, with $("$python" --version) (about half a minute)" ;;
   engine) say "building $venv, vLLM for CPUs, with $("$python" --version) (1.3 GB to fetch; 2 to 10 minutes)" ;;
-  fuzz | audit) say "building $venv, what \`make $kind\` needs, with $("$python" --version) (about half a minute)" ;;
+  fuzz | soak | audit) say "building $venv, what \`make $kind\` needs, with $("$python" --version) (about half a minute)" ;;
 esac
 "$python" -m venv --clear "$venv"
 "install_$kind"

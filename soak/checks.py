@@ -1,0 +1,165 @@
+"""What a run has to show: each check is a line of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from soak.growth import JUDGED_AFTER, Life, lives
+from soak.ledger import Entry
+from soak.run import EXIT_LIMIT, Run
+from soak.sampler import Gauges
+from soak.verdicts import Outcome
+
+GROWTH, DESCRIPTORS, THREADS = 32_000_000, 64, 8
+"""The most that one of our processes may grow by: bytes, open files, threads."""
+NAMED = 0.9
+"""The least share of completions that say their own number: below it, the check of the order is blind."""
+SATURATED_AFTER = 60.0
+"""Seconds of load after which an engine that has nothing to do is none that is saturated."""
+ABORTED_WITHIN = 5.0
+"""Seconds in which the engine has to drop what a client has left."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """`found` is what was seen, `bar` what it is held against."""
+
+    name: str
+    found: str
+    bar: str
+    passed: bool
+
+
+def checks(run: Run) -> list[Check]:
+    """All checks that this run can be held against."""
+    found = [_ran(run), _answered(run.entries), _rows(run.entries), _named(run.entries)]
+    if run.plan.control:
+        found += [_undisturbed(run.entries), *_saturated(run)]
+    found.append(_for_somebody(run.gauges))
+    if run.load_ended - run.ready >= JUDGED_AFTER:
+        found += _grown(lives(run.processes))
+    return [*found, *_ended(run)]
+
+
+def _ran(run: Run) -> Check:
+    minutes = (run.load_ended or run.ready) - run.ready
+    told = run.failure.partition("\n")[0] or f"{minutes / 60:.1f} minutes of load"
+    if run.interrupted:
+        told += ", ended early by a signal"
+    return Check("the run came to its end", told, f"{run.plan.minutes:g} minutes", not run.failure)
+
+
+def _answered(entries: Sequence[Entry]) -> Check:
+    """In full, or with an explicit failure, or a refusal with a body of ours."""
+    wrong = _of(entries, Outcome.WRONG)
+    found = f"{len(entries)} requests, {len(wrong)} wrong{_first(wrong)}"
+    return Check(
+        "every request answered in full, failed explicitly or refused with a reason", found, "0 wrong", not wrong
+    )
+
+
+def _rows(entries: Sequence[Entry]) -> Check:
+    tables = [entry for entry in entries if entry.verdict.rows]
+    rows = sum(entry.verdict.rows for entry in tables)
+    failed = sum(entry.verdict.failed_rows for entry in tables)
+    wrong = [entry for entry in _of(entries, Outcome.WRONG) if "row" in entry.verdict.problem]
+    found = f"{rows} rows in {len(tables)} tables, {failed} of them errors; {len(wrong)} tables wrong{_first(wrong)}"
+    return Check("no row lost, doubled or out of order", found, "0 wrong, some rows", not wrong and rows > 0)
+
+
+def _named(entries: Sequence[Entry]) -> Check:
+    named = sum(entry.verdict.named for entry in entries)
+    unnamed = sum(entry.verdict.unnamed for entry in entries)
+    share = named / (named + unnamed) if named + unnamed else 0.0
+    return Check("completions that say their own number", f"{share:.1%}", f"≥ {NAMED:.0%}", share >= NAMED)
+
+
+def _undisturbed(entries: Sequence[Entry]) -> Check:
+    bad = _of(entries, Outcome.FAILED, Outcome.REFUSED, Outcome.CUT)
+    return Check("nothing failed, was refused or cut", f"{len(bad)}{_first(bad)}", "0", not bad)
+
+
+def _saturated(run: Run) -> list[Check]:
+    begin, end = run.ready + SATURATED_AFTER, run.load_ended or run.ready
+    work = [gauges.engine for gauges in run.gauges if begin <= gauges.at <= end]
+    idle = sum(not requests for requests in work)
+    known = sorted(requests for requests in work if requests is not None)
+    most = f"; requests in it: {known[0]} to {known[-1]}, median {known[len(known) // 2]}" if known else ""
+    unready = [probe for probe in run.probes if begin <= probe.sent <= end and probe.status != 200]
+    restarts = run.ending.restarts
+    return [
+        Check("the engine always had work", f"idle at {idle} of {len(work)} looks{most}", "0", bool(work) and not idle),
+        Check("restarts of the engine", "unknown" if restarts is None else str(restarts), "0", restarts == 0),
+        Check("hangs reported", str(run.hang_reports), "0", run.hang_reports == 0),
+        Check("probes of /readyz that were not 200", f"{len(unready)} of {len(run.probes)}", "0", not unready),
+    ]
+
+
+def _for_somebody(gauges: Sequence[Gauges]) -> Check:
+    """The engine never has more requests than our clients have had open in the last seconds."""
+    worst = 0
+    for index, look in enumerate(gauges):
+        if look.engine is not None:
+            before = (other for other in gauges[: index + 1] if look.at - other.at <= ABORTED_WITHIN)
+            worst = max(worst, look.engine - max(other.open for other in before))
+    return Check("requests in the engine that nobody waits for", str(worst), "0", worst <= 0)
+
+
+def _grown(found: Iterable[Life]) -> list[Check]:
+    """Per process, as each gateway worker that was killed has a successor with a life of its own."""
+    ours = [life for life in found if life.role == "supervisor" or life.role.startswith("worker")]
+    judged = [life for life in ours if life.memory is not None]
+    told = f"in {len(judged)} of {len(ours)} processes that lived long enough"
+    made = []
+    for what, unit, scale, limit, values in (
+        ("memory", " MB", 1e6, GROWTH, [life.memory for life in judged]),
+        ("open files", "", 1, DESCRIPTORS, [life.descriptors for life in judged]),
+        ("threads", "", 1, THREADS, [life.threads for life in judged]),
+    ):
+        most = max((value for value in values if value is not None), default=None)
+        shown = "nothing to judge" if most is None else f"{most / scale:.3g}{unit} at most, {told}"
+        bar = f"≤ {limit / scale:.3g}{unit}"
+        made.append(Check(f"growth of {what}, supervisor and workers", shown, bar, most is not None and most <= limit))
+    return made
+
+
+def _ended(run: Run) -> list[Check]:
+    ending, last = run.ending, [entry for entry in run.entries if entry.client == "farewell"]
+    busy = None
+    if ending.quiet is not None:
+        busy = {name: value for name, value in ending.quiet.ours.items() if value}
+        if ending.quiet.engine:
+            busy["engine"] = ending.quiet.engine
+    whole = sum(entry.verdict.outcome is Outcome.ANSWERED for entry in last)
+    code = f"exit code {ending.exit_code} after {ending.exit_seconds:.1f} s"
+    left = ", ".join((*ending.left, *ending.folders)) or "nothing"
+    return [
+        Check("clients that came to no end", str(ending.late), "0", ending.late == 0),
+        Check(
+            "gauges when all clients had ended",
+            f"{busy or 'all 0' if busy is not None else 'unknown'}",
+            "all 0",
+            busy == {},
+        ),
+        Check(
+            "answers whole that were open at SIGTERM",
+            f"{whole} of {len(last)}",
+            "all",
+            bool(last) and whole == len(last),
+        ),
+        Check("the end after SIGTERM", code, f"0 within {EXIT_LIMIT:.0f} s", ending.exit_code == 0),
+        Check("processes and folders left over", left, "nothing", left == "nothing" and ending.exit_code is not None),
+    ]
+
+
+def _of(entries: Iterable[Entry], *outcomes: Outcome) -> list[Entry]:
+    return [entry for entry in entries if entry.verdict.outcome in outcomes]
+
+
+def _first(entries: Sequence[Entry]) -> str:
+    """The first of what is wrong, with the seconds at which it ended."""
+    if not entries:
+        return ""
+    entry = entries[0]
+    return f"; the first: {entry.client} at {entry.ended:.0f} s: {entry.verdict.problem[:200]}"

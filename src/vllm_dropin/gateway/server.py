@@ -22,7 +22,7 @@ from granian.server.embed import Server
 from vllm_dropin.gateway.errors import Message, Receive, Scope, Send
 from vllm_dropin.gateway.request import HEADER_BYTES
 
-CONNECTIONS = 1 << 16  # granian's own bound on open connections; ours are those of limits.py
+BACKLOG = 1 << 16  # the kernel takes less when its own bound is lower
 FAREWELL = 1.0  # seconds in which clients are asked to leave a listener before its idle connections are closed
 
 
@@ -33,7 +33,10 @@ class InheritedServer(Server):
     and test_tls.py.
     """
 
-    def __init__(self, app: Any, descriptor: int, idle_timeout: float, pem: str | None = None) -> None:
+    def __init__(
+        self, app: Any, descriptor: int, idle_timeout: float, connections: int, pem: str | None = None
+    ) -> None:
+        """Serve at most `connections` clients at once; others wait in the socket's queue until one leaves."""
         self._app = app
         self._term = _Term(app)
         super().__init__(
@@ -42,8 +45,8 @@ class InheritedServer(Server):
             http=HTTPModes.http1,
             websockets=False,
             log_enabled=False,
-            backlog=CONNECTIONS,
-            backpressure=CONNECTIONS,
+            backlog=BACKLOG,
+            backpressure=connections,
             # One clock for both: hyper starts it when it waits for a header, which is when a connection falls idle.
             http1_settings=HTTP1Settings(header_read_timeout=int(idle_timeout * 1000), max_buffer_size=HEADER_BYTES),
         )
@@ -61,7 +64,7 @@ class InheritedServer(Server):
             is_unix = twin.family == socket.AF_UNIX
         # Each listener closes the descriptor that it was given.
         holder: Any = SocketHolder
-        self._shd: Any = holder(os.dup(self._descriptor), is_unix, CONNECTIONS)
+        self._shd: Any = holder(os.dup(self._descriptor), is_unix, BACKLOG)
 
     async def renew_certificate(self, pem: str) -> None:
         """Serve new connections with the certificate and key in this file, which has been tried.
@@ -102,7 +105,7 @@ async def _try(pem: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("")  # Linux chooses an abstract name
         listener.listen()
-        server = InheritedServer(_Term(None), listener.fileno(), 1, pem)
+        server = InheritedServer(_Term(None), listener.fileno(), 1, 1, pem)
         serving = asyncio.create_task(server.serve())
         await asyncio.wait({serving}, timeout=0.05)
         server.stop()  # type: ignore[no-untyped-call]

@@ -23,10 +23,12 @@ import uvloop
 from vllm_dropin import logging
 from vllm_dropin.gateway.app import Gateway, create_app
 from vllm_dropin.gateway.config import GatewayConfig
-from vllm_dropin.gateway.server import CONNECTIONS, InheritedServer
+from vllm_dropin.gateway.server import InheritedServer
 from vllm_dropin.gateway.state import SharedState
 
 STOP_GRACE = 3.0
+CONNECTIONS = 1 << 16  # of a worker, where its limit of descriptors allows so many; further bounds are in limits.py
+SPARE_DESCRIPTORS = 64  # for what belongs to no client
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.get("gateway")
@@ -39,12 +41,18 @@ def end_with_parent(parent: int) -> None:
         sys.exit(0)
 
 
-def _raise_descriptor_limit() -> None:
-    """Each client takes up to two descriptors; the soft limit is often 1,024."""
+def find_connection_limit() -> int:
+    """How many clients may be connected at once: each takes up to two descriptors, its own and one for the engine.
+
+    Raises the soft limit, which is often 1,024, as far as it can. A server that accepts clients until no descriptor is
+    left asks the kernel for one more without a pause, which takes a whole core until somebody leaves.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, CONNECTIONS)
+    wanted = 2 * CONNECTIONS + SPARE_DESCRIPTORS
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(1, (wanted - SPARE_DESCRIPTORS) // 2)
 
 
 def find_temporary_folder(runtime: Path) -> None:
@@ -58,7 +66,7 @@ def find_temporary_folder(runtime: Path) -> None:
 async def serve(config_path: Path, config: GatewayConfig, state: SharedState, slot: int, descriptor: int) -> None:
     """Serve until SIGTERM."""
     app = create_app(config, state, slot)
-    server = InheritedServer(app, descriptor, config.limits.idle_timeout, config.tls)
+    server = InheritedServer(app, descriptor, config.limits.idle_timeout, find_connection_limit(), config.tls)
     stop, hangup = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -110,7 +118,6 @@ def main() -> int:
     state = SharedState.attach(state_path)
     find_temporary_folder(config_path.parent)
     end_with_parent(state.supervisor_pid)
-    _raise_descriptor_limit()
     uvloop.run(serve(config_path, config, state, slot, descriptor))
     return 0
 

@@ -16,7 +16,7 @@ def test_defaults(resolve: Resolve) -> None:
     assert (settings.listen.host, settings.listen.port, settings.listen.url_prefix) == ("127.0.0.1", 8080, "")
     assert (settings.listen.workers, settings.listen.auth, settings.listen.api_keys) == (1, "none", ())
     limits = settings.limits
-    assert (limits.max_in_flight, limits.max_queue, limits.row_concurrency) == (256, 256, 64)
+    assert (limits.max_in_flight, limits.max_queue, limits.row_concurrency) == (128, 64, 64)
     assert (limits.json_body, limits.row_body) == (8 << 20, 64 << 20)
     assert (limits.request_timeout, limits.direct_access_timeout) == (3600, 3600)
     supervision = settings.supervision
@@ -191,6 +191,31 @@ def test_options_are_read(resolve: Resolve) -> None:
     assert (settings.paths.state_dir, settings.paths.runtime_dir) == (Path("/s"), Path("/r"))
     assert settings.engine is not None
     assert settings.engine.cache_dir == Path("/s/vllm")
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "limits", "source"),
+    [
+        (["--max-num-seqs", "64"], {}, (64, 32), "default: the engine's max_num_seqs"),
+        (["--max-num-seqs=64", "-dp", "2"], {}, (128, 64), "default: the engine's max_num_seqs"),
+        (["--max-num-seqs", "64"], {"max_in_flight": "9"}, (9, 5), "--max-in-flight"),
+        (["--max-num-seqs", "1"], {}, (1, 1), "default: the engine's max_num_seqs"),
+        ([], {}, (128, 64), "default: vLLM's on a CPU"),
+    ],
+)
+def test_as_many_requests_as_the_engine_runs_and_half_as_many_waiting(
+    resolve: Resolve, args: list[str], options: dict[str, str], limits: tuple[int, int], source: str
+) -> None:
+    settings = resolve(None, *args, **options)
+    assert (settings.limits.max_in_flight, settings.limits.max_queue) == limits
+    told = {setting.name: (setting.value, setting.source) for setting in settings.settings}
+    assert (int(str(told["max_in_flight"][0])), told["max_in_flight"][1]) == (limits[0], source)
+    assert told["max_queue"] == (limits[1], "default: half of max_in_flight")
+
+
+def test_on_a_gpu_and_of_an_upstream_256_at_once(resolve: Resolve, plain: Resolve) -> None:
+    for settings in (resolve(distribution="vllm", version="0.33.0"), plain()):
+        assert (settings.limits.max_in_flight, settings.limits.max_queue) == (256, 128)
 
 
 def test_worker_variables_of_the_contract_set_no_gateway_workers(plain: Resolve) -> None:

@@ -19,7 +19,7 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     max_in_flight: int = Field(default=256, ge=1)
-    max_queue: int = Field(default=256, ge=0)
+    max_queue: int = Field(default=128, ge=0)
     row_concurrency: int = Field(default=64, ge=1)
     json_body: int = Field(default=8 << 20, ge=1024)
     row_body: int = Field(default=64 << 20, ge=1024)

@@ -37,9 +37,15 @@ class Choices:
         self.settings.append(setting)
         return setting.value if isinstance(setting.value, str) else None
 
-    def read(self, key: str, parse: Callable[[str], T]) -> T:
-        """An option that has a default, parsed; a ValueError of `parse` becomes a ConfigurationError."""
+    def read(self, key: str, parse: Callable[[str], T], otherwise: tuple[T, str] | None = None) -> T:
+        """An option, parsed; a ValueError of `parse` becomes a ConfigurationError.
+
+        `otherwise` is for one without a fixed default: the value when nobody gave it, and why.
+        """
         text = self.text(key)
+        if text is None and otherwise is not None:
+            self.tell(key, *otherwise)
+            return otherwise[0]
         try:
             return parse(text or "")
         except ValueError as error:

@@ -229,6 +229,18 @@ def parallel_flag(plan: EnginePlan, gpus: tuple[Gpu, ...]) -> PlannedFlag | None
     return PlannedFlag(f"{kind}_parallel_size", tokens, f"default: {chosen.reason}")
 
 
+def places(plan: EnginePlan | None) -> tuple[int, str]:
+    """How many requests the engine runs at once, and how we know; more would wait in a queue of its own, unseen.
+
+    Without a flag it is vLLM's default: 128 on a CPU, 256 on a GPU (1,024 on those of 70 GB and more, which is more
+    than a first guess should let in). An upstream's is not known.
+    """
+    named = _whole(plan, "max_num_seqs") if plan else None
+    if plan and named:
+        return named * (_whole(plan, "data_parallel_size") or 1), "default: the engine's max_num_seqs"
+    return (128, "default: vLLM's on a CPU") if plan and plan.python.cpu else (256, "default")
+
+
 def _value(plan: EnginePlan, dest: str) -> str | None:
     """The single value of a flag, however it was written."""
     flag = plan.last(dest)

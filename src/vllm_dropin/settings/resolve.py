@@ -19,7 +19,7 @@ from vllm_dropin.settings import choices, environment
 from vllm_dropin.settings.access import read_keys, read_listen
 from vllm_dropin.settings.cascade import Setting
 from vllm_dropin.settings.choices import Choices, unknown_variables
-from vllm_dropin.settings.engine import Planned, plan_engine
+from vllm_dropin.settings.engine import Planned, places, plan_engine
 from vllm_dropin.settings.options import Flags
 from vllm_dropin.settings.settings import (
     Deployment,
@@ -64,7 +64,6 @@ def resolve(
     warnings += parameters.warnings
     listen = read_listen(options, environ, warnings)
     generation = _generation(parameters)
-    limits = _limits(options, parameters, generation)
     upstream, upstream_key_file = _upstream(options, environ), options.path("upstream_key_file")
     upstream_key = read_keys(upstream_key_file, warnings)[0] if upstream and upstream_key_file else None
     paths = Paths(_state_dir(options, environ), options.path("runtime_dir"))
@@ -79,6 +78,7 @@ def resolve(
         warnings += planned.warnings
     else:
         warnings += _ignored_by_upstream(folder, flags)
+    limits = _limits(options, parameters, generation, places(planned.plan if planned else None))
     supervision = _supervision(options, parameters, environ, planned, warnings)
     platform = _platform(environ, parameters, warnings)
     child = environment.for_engine(environ, parameters)
@@ -158,10 +158,14 @@ def _generation(parameters: ParameterValues) -> Generation:
     return generation
 
 
-def _limits(options: Choices, parameters: ParameterValues, generation: Generation) -> Limits:
+def _limits(options: Choices, parameters: ParameterValues, generation: Generation, at_once: tuple[int, str]) -> Limits:
+    max_in_flight = options.read("max_in_flight", choices.count(1), at_once)
+    # Who comes when all places are taken waits for the queue in front: half as many is half an answer's time more, so
+    # that overload costs those who are admitted less than twice what a full engine does (failure mode 17).
+    half = ((max_in_flight + 1) // 2, "default: half of max_in_flight")
     return Limits(
-        max_in_flight=options.read("max_in_flight", choices.count(1)),
-        max_queue=options.read("max_queue", choices.count(0)),
+        max_in_flight=max_in_flight,
+        max_queue=options.read("max_queue", choices.count(0), half),
         row_concurrency=options.read("row_concurrency", choices.count(1)),
         json_body=options.read("json_body_limit", choices.size),
         row_body=options.read("row_body_limit", choices.size),

@@ -14,7 +14,7 @@ from tests.fuzz.tables import TEXT, near_tables
 
 PATHS = ["/v1/chat/completions", "/v1/completions", "/predict/", "/predictions", "/v1/embeddings", "/v1/responses",
          "/tokenize", "/score", "/directAccess/v1/chat/completions", "/nim/v1/completions", "/v1/audio/transcriptions",
-         "/invocations", "/transform/", "/status", "/v1/responses/x/cancel"]  # fmt: skip
+         "/invocations", "/transform/", "/status", "/v1/responses/resp_x/cancel"]  # fmt: skip
 TYPES = ["application/json", "text/csv", "text/csv; charset=utf-16", "text/csv; charset=iso2022_jp", "text/plain", "",
          "multipart/form-data; boundary=b", "multipart/form-data", "text/csv; charset=\"", "\xff",
          "application/x-ndjson", "text/csv;header=present;charset=hz", "application/json; charset=utf-16"]  # fmt: skip

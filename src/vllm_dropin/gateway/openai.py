@@ -57,7 +57,7 @@ RESPONSE_ROUTES: dict[str, frozenset[str]] = {
     "/v1/responses/{id}": frozenset({"GET"}),
     "/v1/responses/{id}/cancel": frozenset({"POST"}),
 }
-_RESPONSE = re.compile(r"/v1/responses/[A-Za-z0-9_-]{1,128}(/cancel)?")
+_RESPONSE = re.compile(r"/v1/responses/resp[A-Za-z0-9_-]{1,128}(/cancel)?")  # `render` is a route of vLLM, no id
 CHAT_PATH = "/v1/chat/completions"
 # Those that take `n`. Audio requests have it in their form, where the engine itself bounds it (supervisor).
 _COUNTED = frozenset({CHAT_PATH, "/v1/completions"})

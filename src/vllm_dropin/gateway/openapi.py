@@ -158,7 +158,7 @@ def _item(path: str, allowed: Iterable[str], config: GatewayConfig) -> dict[str,
 def _parameters(path: str) -> dict[str, Any]:
     if "{id}" not in path:
         return {}
-    identifier = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,128}$"}
+    identifier = {"type": "string", "pattern": "^resp[A-Za-z0-9_-]{1,128}$"}
     return {"parameters": [{"name": "id", "in": "path", "required": True, "schema": identifier}]}
 
 

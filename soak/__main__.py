@@ -11,8 +11,9 @@ from pathlib import Path
 
 from soak.checks import checks
 from soak.plot import draw
+from soak.record import Plan
 from soak.report import report
-from soak.run import Plan, perform
+from soak.run import perform
 from soak.service import Options
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,8 @@ def _plan() -> Plan:
         parser.error(f"--minutes {arguments.minutes:g}: more than 0, a day at most")
     if not arguments.engine_python.exists():
         parser.error(f"{arguments.engine_python} is missing: make soak sets it up")
+    if arguments.hang_timeout is not None and arguments.hang_timeout <= 0:
+        parser.error(f"--hang-timeout {arguments.hang_timeout}: more than 0, as hangs are a part of it")
     hang = arguments.hang_timeout or (CONTROL_HANG_TIMEOUT if arguments.control else HANG_TIMEOUT)
     options = Options(arguments.engine_python.absolute(), hang)
     if arguments.control:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from soak.faults import Happened
 from soak.growth import JUDGED_AFTER, Life, lives
 from soak.ledger import Entry
-from soak.run import EXIT_LIMIT, Run
+from soak.record import Run
+from soak.run import EXIT_LIMIT
 from soak.sampler import Gauges
+from soak.schedule import RESTARTING, Kind
 from soak.verdicts import Outcome
 
 GROWTH, DESCRIPTORS, THREADS = 32_000_000, 64, 8
@@ -17,6 +20,8 @@ NAMED = 0.9
 """The least share of completions that say their own number: below it, the check of the order is blind."""
 SATURATED_AFTER = 60.0
 """Seconds of load after which an engine that has nothing to do is none that is saturated."""
+UNREADY_WITHIN, READY_WITHIN, CUT_WITHIN = 1.0, 120.0, 2.0
+"""Seconds after an engine's death: to say so, to have another; and after a worker's, for its connections to break."""
 ABORTED_WITHIN = 5.0
 """Seconds in which the engine has to drop what a client has left."""
 
@@ -34,8 +39,7 @@ class Check:
 def checks(run: Run) -> list[Check]:
     """All checks that this run can be held against."""
     found = [_ran(run), _answered(run.entries), _rows(run.entries), _named(run.entries)]
-    if run.plan.control:
-        found += [_undisturbed(run.entries), *_saturated(run)]
+    found += [_undisturbed(run.entries), *_saturated(run)] if run.plan.control else _disturbed(run)
     found.append(_for_somebody(run.gauges))
     if run.load_ended - run.ready >= JUDGED_AFTER:
         found += _grown(lives(run.processes))
@@ -63,8 +67,10 @@ def _rows(entries: Sequence[Entry]) -> Check:
     tables = [entry for entry in entries if entry.verdict.rows]
     rows = sum(entry.verdict.rows for entry in tables)
     failed = sum(entry.verdict.failed_rows for entry in tables)
+    broken = sum(entry.verdict.broken_rows for entry in tables)
     wrong = [entry for entry in _of(entries, Outcome.WRONG) if "row" in entry.verdict.problem]
-    found = f"{rows} rows in {len(tables)} tables, {failed} of them errors; {len(wrong)} tables wrong{_first(wrong)}"
+    rest = f"{len(wrong)} tables wrong{_first(wrong)}"
+    found = f"{rows} rows in {len(tables)} tables, {broken} of them broken, {failed} others failed; {rest}"
     return Check("no row lost, doubled or out of order", found, "0 wrong, some rows", not wrong and rows > 0)
 
 
@@ -76,7 +82,7 @@ def _named(entries: Sequence[Entry]) -> Check:
 
 
 def _undisturbed(entries: Sequence[Entry]) -> Check:
-    bad = _of(entries, Outcome.FAILED, Outcome.REFUSED, Outcome.CUT)
+    bad = [*_of(entries, Outcome.REFUSED, Outcome.CUT), *_failed(entries)]
     return Check("nothing failed, was refused or cut", f"{len(bad)}{_first(bad)}", "0", not bad)
 
 
@@ -94,6 +100,54 @@ def _saturated(run: Run) -> list[Check]:
         Check("hangs reported", str(run.hang_reports), "0", run.hang_reports == 0),
         Check("probes of /readyz that were not 200", f"{len(unready)} of {len(run.probes)}", "0", not unready),
     ]
+
+
+def _disturbed(run: Run) -> list[Check]:
+    """What is explained by a fault, and how the service took each of them."""
+    faults = run.faults
+    cut = _unexplained(_of(run.entries, Outcome.CUT), faults, {Kind.KILL_WORKER}, CUT_WITHIN)
+    failed = _unexplained(_failed(run.entries), faults, RESTARTING)
+    refused = _unexplained(_of(run.entries, Outcome.REFUSED), faults, {Kind.BURST})
+    killed = [fault for fault in faults if fault.kind in RESTARTING - {Kind.STOP_CORE}]
+    stopped = [fault for fault in faults if fault.kind is Kind.STOP_CORE]
+    problems = [f"{fault.kind}: {fault.problem}" for fault in faults if fault.problem]
+    asked = sum(fault.kind.restarts for fault in faults)
+    hang = run.plan.options.hang_timeout * 1.5 + 5.0
+    return [
+        Check("cut without a word, but by a killed gateway worker", f"{len(cut)}{_first(cut)}", "0", not cut),
+        Check("failed, but by an engine that was away", f"{len(failed)}{_first(failed)}", "0", not failed),
+        Check("refused with 429, but by a burst", f"{len(refused)}{_first(refused)}", "0", not refused),
+        Check("faults that were not taken well", _joined(problems), "none", not problems),
+        _within("ready was last answered after a kill", [fault.last_ready for fault in killed], UNREADY_WITHIN),
+        _within("ready was last answered after a stop", [fault.last_ready for fault in stopped], hang),
+        _within("ready again after kill or stop", [fault.ready_again for fault in faults], READY_WITHIN),
+        Check(
+            "restarts of the engine", str(run.ending.restarts), f"{asked}, as asked for", run.ending.restarts == asked
+        ),
+        Check("hangs reported", str(run.hang_reports), f"{len(stopped)}, as caused", run.hang_reports == len(stopped)),
+    ]
+
+
+def _unexplained(
+    entries: Iterable[Entry], faults: Sequence[Happened], kinds: Collection[Kind], seconds: float | None = None
+) -> list[Entry]:
+    """Those that were not under way in any such fault, or within so many seconds of its begin."""
+    times = [
+        (fault.at, fault.ended if seconds is None else fault.at + seconds) for fault in faults if fault.kind in kinds
+    ]
+    return [entry for entry in entries if not any(entry.overlaps(begin, end) for begin, end in times)]
+
+
+def _within(name: str, seconds: Iterable[float | None], bar: float) -> Check:
+    known = sorted(value for value in seconds if value is not None)
+    if not known:
+        return Check(name, "did not come up", f"≤ {bar:g} s", True)
+    median = known[len(known) // 2]
+    return Check(name, f"{known[-1]:.2f} s at most, median {median:.2f} s", f"≤ {bar:g} s", known[-1] <= bar)
+
+
+def _joined(problems: Sequence[str]) -> str:
+    return "; ".join(problems) or "none"
 
 
 def _for_somebody(gauges: Sequence[Gauges]) -> Check:
@@ -155,6 +209,11 @@ def _ended(run: Run) -> list[Check]:
 
 def _of(entries: Iterable[Entry], *outcomes: Outcome) -> list[Entry]:
     return [entry for entry in entries if entry.verdict.outcome in outcomes]
+
+
+def _failed(entries: Iterable[Entry]) -> list[Entry]:
+    """Requests that failed explicitly, and tables with a sound row that did."""
+    return [entry for entry in entries if entry.verdict.outcome is Outcome.FAILED or entry.verdict.failed_rows]
 
 
 def _first(entries: Sequence[Entry]) -> str:

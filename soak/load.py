@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from soak.batches import Batches
 from soak.ledger import Entry, Events, Ledger
 from soak.requests import Author, Request
 from soak.verdicts import Outcome, Reply, Verdict, judge
@@ -28,15 +29,20 @@ class Mix:
     tables: int
     leaving: int
     slow: int
+    batches: int
     rows: int
     tokens: tuple[int, int]
     long_share: float
     pause: float
 
 
-FAULTS = Mix(chats=4, streams=4, tables=2, leaving=2, slow=1, rows=24, tokens=(8, 96), long_share=0.05, pause=1.0)
+FAULTS = Mix(
+    chats=4, streams=4, tables=2, leaving=2, slow=1, batches=1, rows=24, tokens=(8, 96), long_share=0.05, pause=1.0
+)
 """About what the engine can do on two cores, so that it recovers between two faults."""
-SATURATION = Mix(chats=40, streams=40, tables=2, leaving=4, slow=2, rows=64, tokens=(8, 128), long_share=0.1, pause=0.0)
+SATURATION = Mix(
+    chats=40, streams=40, tables=2, leaving=4, slow=2, batches=0, rows=64, tokens=(8, 128), long_share=0.1, pause=0.0
+)
 """More than twice as many at once as the example's engine batches (64)."""
 
 
@@ -90,6 +96,9 @@ class Clients:
             for index in range(count):
                 client = self._client(name, index, write, mix.pause, leaves=leaves, slow=slow)
                 self._tasks.append(asyncio.create_task(client, name=f"{name} {index}"))
+        for index in range(mix.batches):
+            batches = Batches(self._url, self._ledger, self._events, self._seed + index)
+            self._tasks.append(asyncio.create_task(batches.run(self._stop), name=f"score {index}"))
 
     async def stop(self, seconds: float) -> int:
         """Let every client end what it has asked; how many have not after this time."""

@@ -10,8 +10,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from soak.faults import Happened
 from soak.ledger import Entry
-from soak.run import Run
+from soak.record import Run
 from soak.sampler import Process
 from soak.verdicts import Outcome
 
@@ -28,9 +29,20 @@ def draw(run: Run, path: Path) -> None:
     _memory(engine, [sample for sample in run.processes if sample.role.startswith("engine")])
     _latency(latency, run.entries)
     _load(load, run)
+    for axes in (ours, engine, latency, load):
+        _faults(axes, run.faults)
     load.set_xlabel("minutes")
-    figure.suptitle(f"make soak, seed {run.plan.seed}" + (", control" if run.plan.control else ""))
+    figure.suptitle(
+        f"make soak, seed {run.plan.seed}" + (", control" if run.plan.control else "; red: an engine was lost")
+    )
     figure.savefig(path, dpi=100)
+
+
+def _faults(axes: Axes, faults: Sequence[Happened]) -> None:
+    """A grey band from each fault to its recovery; red where an engine was lost."""
+    for fault in faults:
+        colour = "tab:red" if fault.kind.restarts else "tab:gray"
+        axes.axvspan(fault.at / 60, fault.ended / 60, color=colour, alpha=0.15, linewidth=0)
 
 
 def _memory(axes: Axes, samples: Sequence[Process]) -> None:

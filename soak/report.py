@@ -12,7 +12,7 @@ from benchmarks.report import machine
 from soak.checks import Check
 from soak.growth import Life, lives
 from soak.ledger import Entry
-from soak.run import Run
+from soak.record import Run
 from soak.verdicts import Outcome
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +29,7 @@ def report(run: Run, found: Sequence[Check]) -> str:
         _table(("check", "found", "bar", "passed"), [_cells(check) for check in found]),
         "## Load\n\nSeconds from a request to the end of its answer, of those that were answered.",
         _load(run.entries),
+        *([] if run.plan.control else ["## Faults\n\nSeconds of load, and seconds after the fault.", _faults(run)]),
         "## Processes\n\nResident memory in MB: after the warm-up, at the end, at the peak.",
         _processes(lives(run.processes)),
         "![memory, latency, load](soak.png)",
@@ -63,6 +64,20 @@ def _load(entries: Sequence[Entry]) -> str:
         shown = [f"{_share(times, share):.1f}" for share in (0.5, 0.99, 1.0)] if times else ["", "", ""]
         rows.append((client, str(len(asked)), *counts, *shown))
     return _table(("client", "asked", *Outcome, "p50", "p99", "most"), rows)
+
+
+def _faults(run: Run) -> str:
+    rows = [
+        (
+            f"{fault.at - run.ready:.0f}",
+            fault.kind.value,
+            "" if fault.last_ready is None else f"{fault.last_ready:.2f}",
+            "" if fault.ready_again is None else f"{fault.ready_again:.1f}",
+            f"**{fault.problem}**" if fault.problem else fault.note,
+        )
+        for fault in run.faults
+    ]
+    return _table(("at", "fault", "last ready", "ready again", ""), rows)
 
 
 def _processes(found: Iterable[Life]) -> str:

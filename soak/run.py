@@ -1,4 +1,4 @@
-"""One run from the service's start to its last process, and all that was seen in it."""
+"""One run, from the service's start to its last process."""
 
 from __future__ import annotations
 
@@ -8,181 +8,172 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from soak.ledger import Entry, Events, Ledger
+from soak.faults import READY_LIMIT, Faults
+from soak.ledger import Events, Ledger
 from soak.load import FAULTS, SATURATION, Clients
+from soak.platform import Platform
+from soak.record import Plan, Run
 from soak.requests import Author, Request
-from soak.sampler import Gauges, Probe, Process, Sampler
-from soak.service import DRAIN, START_LIMIT, Options, Target
+from soak.sampler import Gauges, Sampler
+from soak.schedule import plan as planned
+from soak.service import DRAIN, START_LIMIT, Target
 
 HANG_REPORT = "nothing has moved in it for"
-"""What the log has of an engine that hangs."""
+"""What the log has of an engine that hangs, once each time."""
 QUIET_LIMIT = 240.0
 """Seconds for the clients to end what they have asked."""
 EXIT_LIMIT = DRAIN + 15.0
 """Seconds from SIGTERM to the exit: the drain, then the engine's own end."""
 FAREWELL = 8
 """Streams that are open when SIGTERM comes."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the command line asks for."""
-
-    minutes: float
-    seed: int
-    control: bool
-    output: Path
-    options: Options
-
-
-@dataclass
-class Ending:
-    """How the service ended. `late`: clients that did not come to an end; `quiet`: our gauges when all had."""
-
-    late: int = 0
-    quiet: Gauges | None = None
-    restarts: int | None = None
-    exit_code: int | None = None
-    exit_seconds: float = 0.0
-    left: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Run:
-    """All that was seen. `failure`: what ended the run before its time, if anything did; seconds since its begin."""
-
-    plan: Plan
-    ready: float = 0.0
-    load_ended: float = 0.0
-    interrupted: bool = False
-    failure: str = ""
-    entries: list[Entry] = field(default_factory=list)
-    processes: list[Process] = field(default_factory=list)
-    probes: list[Probe] = field(default_factory=list)
-    gauges: list[Gauges] = field(default_factory=list)
-    hang_reports: int = 0
-    ending: Ending = field(default_factory=Ending)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 async def perform(plan: Plan, say: Callable[[str], None]) -> Run:
     """Start, load, disturb, end. Returns in bounded time, whatever the service does."""
-    run = Run(plan)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def interrupt() -> None:
-        say("ending early; once more to stop at once")
-        run.interrupted = True
-        stop.set()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-    with Events(plan.output / "events.jsonl") as events:
-        ledger = Ledger(events)
-        target = Target(plan.options, plan.output)
-        limit = START_LIMIT + plan.minutes * 60 + QUIET_LIMIT + 2 * EXIT_LIMIT + 300
+    with Events(plan.output / "events.jsonl") as events, Platform() as platform:
+        target = Target(plan.options, plan.output, platform.environ)
+        limit = START_LIMIT + plan.minutes * 60 + READY_LIMIT + QUIET_LIMIT + 2 * EXIT_LIMIT + 300
         with watchdog(limit, target):
             async with target:
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    loop.add_signal_handler(number, interrupt)
-                sampler = Sampler(target, ledger, events)
-                say(f"the service starts at {target.url}; its log is {plan.output / 'log'}")
-                try:
-                    await _live(run, target, sampler, ledger, events, stop, say)
-                except RuntimeError as error:
-                    run.failure = str(error)
-                    say(run.failure)
-                run.hang_reports = target.log().count(HANG_REPORT)
-        run.entries = ledger.entries
-        run.processes, run.probes, run.gauges = sampler.processes, sampler.probes, sampler.gauges
-    return run
+                performance = _Performance(plan, target, platform, events, say)
+                await performance.run()
+                return performance.seen()
 
 
-async def _live(
-    run: Run,
-    target: Target,
-    sampler: Sampler,
-    ledger: Ledger,
-    events: Events,
-    stop: asyncio.Event,
-    say: Callable[[str], None],
-) -> None:
-    await target.wait_ready(START_LIMIT)
-    run.ready = events.now
-    say(f"ready after {run.ready:.0f} s; load for {run.plan.minutes:g} minutes")
-    async with Clients(target.url, lambda: target.key, ledger, events, run.plan.seed) as clients:
-        samples = asyncio.create_task(sampler.run(), name="sampler")
+class _Performance:
+    """The course of one run on a service that has been started."""
+
+    def __init__(
+        self, plan: Plan, target: Target, platform: Platform, events: Events, say: Callable[[str], None]
+    ) -> None:
+        self._run = Run(plan)
+        self._target = target
+        self._platform = platform
+        self._events = events
+        self._say = say
+        self._ledger = Ledger(events)
+        self._sampler = Sampler(target, self._ledger, events)
+        self._clients = Clients(target.url, lambda: target.key, self._ledger, events, plan.seed)
+        self._stop = asyncio.Event()
+
+    def seen(self) -> Run:
+        """All that has been seen so far."""
+        run, sampler = self._run, self._sampler
+        run.entries, run.processes = self._ledger.entries, sampler.processes
+        run.probes, run.gauges = sampler.probes, sampler.gauges
+        run.hang_reports = self._target.log().count(f"the engine is killed: {HANG_REPORT}")
+        return run
+
+    async def run(self) -> None:
+        """All of it. What goes wrong ends it, and is kept as the run's failure."""
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._interrupt)
+        self._say(f"the service starts at {self._target.url}; its log is {self._run.plan.output / 'log'}")
         try:
-            clients.start(SATURATION if run.plan.control else FAULTS)
-            await _watch(run, target, clients, samples, events, stop, say)
-            run.load_ended = events.now
-            say("the clients end what they have asked")
-            run.ending.late = await clients.stop(QUIET_LIMIT)
-            run.ending.quiet = await _quiet(sampler)
-            run.ending.restarts = (await target.status())["engine"]["restarts"]
+            await self._target.wait_ready(START_LIMIT)
+            self._run.ready = self._events.now
+            self._say(f"ready after {self._run.ready:.0f} s; load for {self._run.plan.minutes:g} minutes")
+            async with self._clients:
+                await self._under_load()
+                self._say("SIGTERM under load")
+                await self._farewell()
+            self._say(f"ended with {self._run.ending.exit_code} after {self._run.ending.exit_seconds:.1f} s")
+        except RuntimeError as error:
+            self._run.failure = str(error)
+            self._say(self._run.failure)
+
+    def _interrupt(self) -> None:
+        self._say("ending early, with a report; once more to stop at once")
+        self._run.interrupted = True
+        self._stop.set()
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
+
+    async def _under_load(self) -> None:
+        plan = self._run.plan
+        samples = asyncio.create_task(self._sampler.run(), name="sampler")
+        end = self._events.now + plan.minutes * 60
+        faults = asyncio.create_task(self._idle(end) if plan.control else self._disturb(end), name="faults")
+        try:
+            self._clients.start(SATURATION if plan.control else FAULTS)
+            await self._until_done(faults, samples)
+            self._run.load_ended = self._events.now
+            self._say("the clients end what they have asked")
+            self._run.ending.late = await self._clients.stop(QUIET_LIMIT)
+            self._run.ending.quiet = await self._quiet()
+            self._run.ending.restarts = (await self._target.status())["engine"]["restarts"]
         finally:
-            samples.cancel()
-            await asyncio.gather(samples, return_exceptions=True)
-        say("SIGTERM under load")
-        await _farewell(run, target, clients, events)
-    say(f"ended with exit code {run.ending.exit_code} after {run.ending.exit_seconds:.1f} s")
+            for task in (faults, samples):
+                task.cancel()
+            await asyncio.gather(faults, samples, return_exceptions=True)
 
+    async def _idle(self, end: float) -> None:
+        while not await self._time_passes(min(end, self._events.now + 60.0)) and self._events.now < end:
+            self._say(f"{(end - self._events.now) / 60:.0f} minutes to go")
 
-async def _watch(
-    run: Run,
-    target: Target,
-    clients: Clients,
-    samples: asyncio.Task[None],
-    events: Events,
-    stop: asyncio.Event,
-    say: Callable[[str], None],
-) -> None:
-    """Let the time pass. Raises RuntimeError when the service, or a part of the soak, has ended meanwhile."""
-    end = events.now + run.plan.minutes * 60
-    told = events.now
-    while events.now < end and not stop.is_set():
+    async def _time_passes(self, until: float) -> bool:
+        """Wait until then; True when the run is to end before."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), min(1.0, max(0.0, end - events.now)))
-        if not target.running:
-            raise RuntimeError(f"the service has ended\n{target.log()[-3000:]}")
-        if (error := clients.failure()) or (samples.done() and (error := samples.exception())):
-            raise RuntimeError(f"a part of the soak has failed: {error!r}") from error
-        if events.now - told > 60:
-            told = events.now
-            say(f"{(end - told) / 60:.0f} minutes to go")
+            await asyncio.wait_for(self._stop.wait(), max(0.0, until - self._events.now))
+        return self._stop.is_set()
 
+    async def _disturb(self, end: float) -> None:
+        """One fault after the other; none begins after `end`, and one that has begun is seen through."""
+        run, seed = self._run, self._run.plan.seed
+        faults = Faults(self._target, self._clients, self._sampler, self._platform, self._events, seed)
+        last = self._events.now
+        for fault in planned(seed):
+            due = last + fault.gap
+            if await self._time_passes(min(due, end)) or due > end:
+                return
+            last = self._events.now
+            self._say(f"{fault.kind}")
+            happened = await faults.inject(fault.kind)
+            run.faults.append(happened)
+            self._say(f"  all well after {happened.ended - happened.at:.1f} s; {happened.problem or happened.note}")
 
-async def _quiet(sampler: Sampler) -> Gauges | None:
-    """The gauges once all are 0, or as they are after 15 s: what clients have left takes a moment."""
-    for _ in range(30):
-        gauges = await sampler.gauges_now()
-        if gauges is not None and not gauges.engine and not any(gauges.ours.values()):
-            break
-        await asyncio.sleep(0.5)
-    return gauges
+    async def _until_done(self, faults: asyncio.Task[None], samples: asyncio.Task[None]) -> None:
+        """Let the time pass. Raises RuntimeError when the service, or a part of the soak, has ended meanwhile."""
+        while not faults.done():
+            await asyncio.wait({faults, samples}, timeout=1.0)
+            if not self._target.running:
+                raise RuntimeError(f"the service has ended\n{self._target.log()[-3000:]}")
+            if (error := self._clients.failure()) or (samples.done() and (error := samples.exception())):
+                raise RuntimeError(f"a part of the soak has failed: {error!r}") from error
+        faults.result()
 
+    async def _quiet(self) -> Gauges | None:
+        """The gauges once all are 0, or as they are after 15 s: what clients have left takes a moment."""
+        gauges = None
+        for _ in range(30):
+            gauges = await self._sampler.gauges_now()
+            if gauges is not None and not gauges.engine and not any(gauges.ours.values()):
+                break
+            await asyncio.sleep(0.5)
+        return gauges
 
-async def _farewell(run: Run, target: Target, clients: Clients, events: Events) -> None:
-    """SIGTERM while streams and a table are open, all of which have to be answered whole."""
-    author = Author(f"{run.plan.seed} farewell")
-    requests: list[Request] = [*(author.chat((100, 200), stream=True) for _ in range(FAREWELL)), author.table(24)]
-    asked = [asyncio.create_task(clients.ask("farewell", request)) for request in requests]
-    await asyncio.sleep(2.0)
-    target.processes()  # so that those are known which write their titles over their environment
-    target.signal(signal.SIGTERM)
-    sent = events.now
-    run.ending.exit_code = await target.exit_code(EXIT_LIMIT)
-    run.ending.exit_seconds = events.now - sent
-    await asyncio.wait(asked, timeout=5.0)
-    await asyncio.sleep(1.0)
-    run.ending.left = [f"{role} ({pid})" for pid, role in target.processes().items()]
-    run.ending.folders = target.runtime_folders()
-    for task in asked:
-        task.cancel()
+    async def _farewell(self) -> None:
+        """SIGTERM while streams and a table are open, all of which have to be answered whole."""
+        author, target, ending = Author(f"{self._run.plan.seed} farewell"), self._target, self._run.ending
+        streams = [author.chat((100, 200), stream=True) for _ in range(FAREWELL)]
+        requests: list[Request] = [*streams, author.table(24)]
+        asked = [asyncio.create_task(self._clients.ask("farewell", request)) for request in requests]
+        await asyncio.sleep(2.0)
+        target.processes()  # so that those are known which write their titles over their environment
+        target.signal(signal.SIGTERM)
+        sent = self._events.now
+        ending.exit_code = await target.exit_code(EXIT_LIMIT)
+        ending.exit_seconds = self._events.now - sent
+        await asyncio.wait(asked, timeout=5.0)
+        await asyncio.sleep(1.0)
+        ending.left = [f"{role} ({pid})" for pid, role in target.processes().items()]
+        ending.folders = target.runtime_folders()
+        for task in asked:
+            task.cancel()
 
 
 @contextlib.contextmanager

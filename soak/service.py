@@ -17,6 +17,8 @@ import aiohttp
 from benchmarks.load import gateway
 from tests.contract.drivers import Engine, Ours, Service, start
 
+from soak.batches import KEY as BATCH_KEY
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2"
 START_LIMIT = 600.0
 """Seconds for the first start: on a new checkout the example's hook unpacks the weights."""
@@ -128,10 +130,10 @@ class Target:
         return self.service.process.poll() is None
 
     def write_keys(self, keys: Iterable[str]) -> None:
-        """Replace the key file. The service reads it at SIGHUP."""
+        """Replace the key file: these, and the one of `score`. The service reads it at SIGHUP."""
         new = self._scratch / "keys.new"
         new.touch(mode=0o600)
-        new.write_text("".join(f"{key}\n" for key in keys))
+        new.write_text("".join(f"{key}\n" for key in (*keys, BATCH_KEY)))
         new.replace(self._scratch / "keys")
 
     def signal(self, number: signal.Signals) -> None:
@@ -174,12 +176,13 @@ class Target:
             return None, b""
 
     async def status(self) -> dict[str, Any]:
-        """/status. Raises RuntimeError when there is no answer."""
-        status, body = await self.get("/status")
-        if status != 200:
-            raise RuntimeError(f"/status answers {status}: {body[:200]!r}")
-        told: dict[str, Any] = json.loads(body)
-        return told
+        """/status. Raises RuntimeError when there is no answer, asked three times."""
+        for _ in range(3):
+            status, body = await self.get("/status")
+            if status == 200:
+                told: dict[str, Any] = json.loads(body)
+                return told
+        raise RuntimeError(f"/status answers {status}: {body[:200]!r}")
 
     async def wait_ready(self, seconds: float) -> None:
         """Until it is ready. Raises RuntimeError with the end of its log when it ends, or is not ready in time."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import enum
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +43,16 @@ class Reply:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`named` and `unnamed` count completions that say their own number, and those that say none."""
+    """`failed_rows`: sound rows with an error; `broken_rows`: broken ones, which have to have one.
+
+    `named` and `unnamed` count completions that say their own number, and those that say none.
+    """
 
     outcome: Outcome
     problem: str = ""
     rows: int = 0
     failed_rows: int = 0
+    broken_rows: int = 0
     named: int = 0
     unnamed: int = 0
 
@@ -151,7 +157,34 @@ def _rows(request: Table, reply: Reply) -> Verdict:
     failed = sum(map(bool, errors))
     if str(failed) != (reply.headers or {}).get("X-Row-Errors", "0"):
         return _wrong(f"{failed} rows failed, the header says otherwise")
-    return Verdict(Outcome.ANSWERED, "", count, failed, named, count - failed - named)
+    broken = sum(row.broken for row in request.rows)
+    reasons = "; ".join(
+        f"row {index}: {error}"[:200]
+        for index, (row, error) in enumerate(zip(request.rows, errors, strict=True))
+        if error and not row.broken
+    )
+    return Verdict(Outcome.ANSWERED, reasons, count, failed - broken, broken, named, count - failed - named)
+
+
+def judge_file(request: Table, text: str) -> Verdict:
+    """The same of a CSV that `vllm-dropin score` has written."""
+    lines = list(csv.DictReader(io.StringIO(text)))
+    if [line["id"] for line in lines] != [str(row.number) for row in request.rows]:
+        return _wrong(f"{len(request.rows)} rows asked, {len(lines)} rows answered, or in another order")
+    for index, line in enumerate(lines):
+        if bool(line["completion"]) == bool(line["error"]):
+            return _wrong(f"row {index} has {'both a completion and an error' if line['error'] else 'neither'}")
+    failed = sum(bool(line["error"]) for line in lines)
+    named = sum(line["id"] in line["completion"] for line in lines)
+    foreign = [index for index, line in enumerate(lines) if _says_another(line, {other["id"] for other in lines})]
+    if foreign:
+        return _wrong(f"row {foreign[0]} has the answer of another")
+    reasons = "; ".join(f"row {index}: {line['error']}"[:200] for index, line in enumerate(lines) if line["error"])
+    return Verdict(Outcome.ANSWERED, reasons, len(lines), failed, 0, named, len(lines) - failed - named)
+
+
+def _says_another(line: Mapping[str, str], names: Set[str]) -> bool:
+    return any(name in line["completion"] for name in names - {line["id"]})
 
 
 def _json(body: bytes) -> dict[str, Any]:

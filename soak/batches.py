@@ -40,7 +40,7 @@ class Batches:
         source.write_bytes(table.body())
         output.unlink(missing_ok=True)
         started = self._events.now
-        with self._ledger.asking("score", table):
+        with self._ledger.asking("score", AT_ONCE):
             code, words = await self._command(source, output)
         if code:
             verdict = Verdict(Outcome.WRONG, f"score ended with {code}: {words[-300:]}")

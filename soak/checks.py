@@ -38,7 +38,7 @@ class Check:
 
 def checks(run: Run) -> list[Check]:
     """All checks that this run can be held against."""
-    found = [_ran(run), _answered(run.entries), _rows(run.entries), _named(run.entries)]
+    found = [_ran(run), _answered(run.asked, run.entries), _rows(run.entries), _named(run.entries)]
     found += [_undisturbed(run.entries), *_saturated(run)] if run.plan.control else _disturbed(run)
     found.append(_for_somebody(run.gauges))
     if run.load_ended - run.ready >= JUDGED_AFTER:
@@ -54,13 +54,12 @@ def _ran(run: Run) -> Check:
     return Check("the run came to its end", told, f"{run.plan.minutes:g} minutes", not run.failure)
 
 
-def _answered(entries: Sequence[Entry]) -> Check:
+def _answered(asked: int, entries: Sequence[Entry]) -> Check:
     """In full, or with an explicit failure, or a refusal with a body of ours."""
     wrong = _of(entries, Outcome.WRONG)
-    found = f"{len(entries)} requests, {len(wrong)} wrong{_first(wrong)}"
-    return Check(
-        "every request answered in full, failed explicitly or refused with a reason", found, "0 wrong", not wrong
-    )
+    found = f"{asked} requests, {asked - len(entries)} without an end, {len(wrong)} wrong{_first(wrong)}"
+    name = "every request answered in full, failed explicitly or refused with a reason"
+    return Check(name, found, "0, 0", not wrong and asked == len(entries))
 
 
 def _rows(entries: Sequence[Entry]) -> Check:

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from soak.requests import Request
 from soak.verdicts import Verdict
 
 
@@ -71,14 +70,14 @@ class Ledger:
         self._events = events
 
     @contextmanager
-    def asking(self, client: str, request: Request) -> Iterator[None]:
-        """Count a request as open; an entry has to follow."""
+    def asking(self, client: str, weight: int) -> Iterator[None]:
+        """Count a request as open, with the most that the engine gets to do for it at once; an entry has to follow."""
         self.asked[client] += 1
-        self.open += request.weight
+        self.open += weight
         try:
             yield
         finally:
-            self.open -= request.weight
+            self.open -= weight
 
     def add(self, entry: Entry) -> None:
         self.entries.append(entry)

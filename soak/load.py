@@ -137,7 +137,7 @@ class Clients:
         """One request, entered. With `patience` the client leaves after so many seconds."""
         started = self._events.now
         exchange = _Exchange(self._events)
-        with self._ledger.asking(client, request):
+        with self._ledger.asking(client, request.weight):
             try:
                 async with asyncio.timeout(patience or DEADLINE):
                     reply = await exchange.run(self._require(), request, self._key(), slow=slow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from soak.faults import Happened
 from soak.ledger import Entry
@@ -60,7 +62,7 @@ def _memory(axes: Axes, samples: Sequence[Process]) -> None:
         named.add(role)
     axes.set_ylabel("resident MB")
     axes.set_ylim(0, 1.1 * max((sample.memory for sample in samples), default=1e6) / 1e6)
-    axes.legend(loc="lower right", fontsize="small")
+    _legend(axes)
 
 
 def _latency(axes: Axes, entries: Sequence[Entry]) -> None:
@@ -79,12 +81,20 @@ def _latency(axes: Axes, entries: Sequence[Entry]) -> None:
         )
     axes.set_ylabel(f"seconds, median of {SLICE:.0f} s")
     axes.set_yscale("log")
-    axes.legend(loc="lower right", fontsize="small")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    _legend(axes)
 
 
 def _load(axes: Axes, run: Run) -> None:
-    axes.plot([gauges.at / 60 for gauges in run.gauges], [gauges.open for gauges in run.gauges], label="asked, open")
-    known = [gauges for gauges in run.gauges if gauges.engine is not None]
-    axes.plot([gauges.at / 60 for gauges in known], [gauges.engine or 0 for gauges in known], label="in the engine")
+    """The line of the engine has gaps where there is none."""
+    times = [gauges.at / 60 for gauges in run.gauges]
+    inside = [math.nan if gauges.engine is None else gauges.engine for gauges in run.gauges]
+    axes.plot(times, [gauges.open for gauges in run.gauges], label="asked, open")
+    axes.plot(times, inside, label="in the engine")
     axes.set_ylabel("requests and rows")
-    axes.legend(loc="lower right", fontsize="small")
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")

@@ -47,6 +47,7 @@ class Run:
     load_ended: float = 0.0
     interrupted: bool = False
     failure: str = ""
+    asked: int = 0
     entries: list[Entry] = field(default_factory=list)
     processes: list[Process] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)

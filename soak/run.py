@@ -61,7 +61,8 @@ class _Performance:
     def seen(self) -> Run:
         """All that has been seen so far."""
         run, sampler = self._run, self._sampler
-        run.entries, run.processes = self._ledger.entries, sampler.processes
+        run.asked, run.entries = self._ledger.asked.total(), self._ledger.entries
+        run.processes = sampler.processes
         run.probes, run.gauges = sampler.probes, sampler.gauges
         run.hang_reports = self._target.log().count(f"the engine is killed: {HANG_REPORT}")
         return run

@@ -107,7 +107,8 @@ class Target:
 
     def end(self) -> None:
         """Stop whatever is left of the service, and take its folder away."""
-        self.service.stop()
+        if self._service is not None:
+            self._service.stop()
         self._folder.cleanup()
 
     @property

@@ -42,6 +42,7 @@ def run(control: bool) -> Run:
         Plan(8.0, 7, control, Path("report"), Options(Path("/usr/bin/python3"), 20)),
         ready=READY,
         load_ended=END,
+        asked=3,
         entries=[entry("chat", 100.0), entry("table", 110.0, rows=4), entry("farewell", END + 5)],
         processes=[*memory("supervisor", 1), *memory("worker 0", 2), *memory("engine core", 3, grown=90_000_000)],
         probes=[Probe(at, at + 0.01, 200) for at in looks],
@@ -50,6 +51,11 @@ def run(control: bool) -> Run:
         hang_reports=0 if control else 1,
         ending=Ending(quiet=Gauges(END, 0, 0, QUIET), restarts=0 if control else 2, exit_code=0, exit_seconds=3.0),
     )
+
+
+def add(run: Run, *entries: Entry) -> None:
+    run.asked += len(entries)
+    run.entries += entries
 
 
 def failed(made: Run) -> list[str]:
@@ -64,12 +70,13 @@ def test_a_good_run_passes(control: bool) -> None:
 @pytest.mark.parametrize(
     ("spoil", "name"),
     [
-        (lambda run: run.entries.append(entry("chat", 90.0, Outcome.WRONG, "1 tokens of 2")), "every request"),
-        (lambda run: run.entries.append(entry("chat", 90.0, Outcome.FAILED)), "failed, but"),
-        (lambda run: run.entries.append(entry("chat", 300.0, Outcome.REFUSED)), "refused with 429"),
-        (lambda run: run.entries.append(entry("chat", WORKER.at + CUT_WITHIN + 1.1, Outcome.CUT)), "cut without"),
-        (lambda run: run.entries.append(entry("chat", KILL.at + 0.5, Outcome.CUT)), "cut without"),
-        (lambda run: run.entries.append(entry("farewell", END + 5, Outcome.LEFT)), "answers whole"),
+        (lambda run: add(run, entry("chat", 90.0, Outcome.WRONG, "1 tokens of 2")), "every request"),
+        (lambda run: add(run, entry("chat", 90.0, Outcome.FAILED)), "failed, but"),
+        (lambda run: add(run, entry("chat", 300.0, Outcome.REFUSED)), "refused with 429"),
+        (lambda run: add(run, entry("chat", WORKER.at + CUT_WITHIN + 1.1, Outcome.CUT)), "cut without"),
+        (lambda run: add(run, entry("chat", KILL.at + 0.5, Outcome.CUT)), "cut without"),
+        (lambda run: add(run, entry("farewell", END + 5, Outcome.LEFT)), "answers whole"),
+        (lambda run: setattr(run, "asked", 4), "every request"),
         (lambda run: run.processes.extend(memory("worker 1", 4, grown=40_000_000)), "growth of memory"),
         (lambda run: run.gauges.append(replace(run.gauges[-1], engine=10)), "requests in the engine"),
         (lambda run: run.faults.append(replace(WORKER, problem="no other worker 0")), "faults that were not"),
@@ -97,7 +104,7 @@ def test_what_is_wrong_is_found(spoil: Callable[[Run], object], name: str) -> No
 
 def test_a_table_out_of_order_is_named_as_such() -> None:
     made = run(control=False)
-    made.entries.append(entry("table", 90.0, Outcome.WRONG, "row 2 has the answer of row 3"))
+    add(made, entry("table", 90.0, Outcome.WRONG, "row 2 has the answer of row 3"))
     assert "no row lost, doubled or out of order" in failed(made)
 
 
@@ -107,14 +114,14 @@ def test_a_table_out_of_order_is_named_as_such() -> None:
 )
 def test_what_a_fault_explains_is_no_failure(outcome: Outcome, ended: float) -> None:
     made = run(control=False)
-    made.entries.append(entry("chat", ended, outcome))
+    add(made, entry("chat", ended, outcome))
     assert failed(made) == []
 
 
 @pytest.mark.parametrize(
     ("spoil", "name"),
     [
-        (lambda run: run.entries.append(entry("chat", 90.0, Outcome.REFUSED)), "nothing failed"),
+        (lambda run: add(run, entry("chat", 90.0, Outcome.REFUSED)), "nothing failed"),
         (lambda run: run.gauges.append(Gauges(END - 1, 0, 9, QUIET)), "the engine always had work"),
         (lambda run: run.gauges.append(Gauges(END - 1, None, 9, QUIET)), "the engine always had work"),
         (lambda run: run.gauges.clear(), "the engine always had work"),

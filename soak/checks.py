@@ -10,7 +10,7 @@ from soak.growth import JUDGED_AFTER, Life, lives
 from soak.ledger import Entry
 from soak.record import Run
 from soak.run import EXIT_LIMIT
-from soak.sampler import Gauges
+from soak.sampler import GAUGES_EVERY, Gauges
 from soak.schedule import RESTARTING, Kind
 from soak.verdicts import Outcome
 
@@ -154,7 +154,8 @@ def _for_somebody(gauges: Sequence[Gauges]) -> Check:
     worst = 0
     for index, look in enumerate(gauges):
         if look.engine is not None:
-            before = (other for other in gauges[: index + 1] if look.at - other.at <= ABORTED_WITHIN)
+            near = gauges[max(0, index - round(ABORTED_WITHIN / GAUGES_EVERY)) : index + 1]
+            before = (other for other in near if look.at - other.at <= ABORTED_WITHIN)
             worst = max(worst, look.engine - max(other.open for other in before))
     return Check("requests in the engine that nobody waits for", str(worst), "0", worst <= 0)
 

@@ -106,16 +106,16 @@ class Faults:
         for_hang = 2 * self._target.options.hang_timeout + 10
         refused = await self._first_probe(lambda status: status == 503, at, for_hang)
         ready = await self._first_probe(lambda status: status == 200, refused, READY_LIMIT)
-        sent = [probe.sent for probe in self._sampler.probes if at <= probe.sent < refused and probe.status == 200]
+        sent = [probe.sent for probe in self._sampler.since(at) if probe.sent < refused and probe.status == 200]
         return (max(sent) - at if sent else 0.0), ready - at
 
     async def _first_probe(self, fits: Callable[[int | None], bool], after: float, seconds: float) -> float:
         """When the first such probe was sent."""
         deadline = self._events.now + seconds
         while self._events.now < deadline and self._target.running:
-            found = [probe.sent for probe in self._sampler.probes if probe.sent >= after and fits(probe.status)]
-            if found:
-                return found[0]
+            first = next((probe.sent for probe in self._sampler.since(after) if fits(probe.status)), None)
+            if first is not None:
+                return first
             await asyncio.sleep(0.1)
         raise RuntimeError(f"the service did not take notice, or did not get ready again, within {seconds:.0f} s")
 
@@ -207,8 +207,7 @@ class Faults:
         for _, writer in connections:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
-        probes = [probe for probe in self._sampler.probes if probe.sent >= began]
-        slowest = max((probe.answered - probe.sent for probe in probes), default=0.0)
+        slowest = max((probe.answered - probe.sent for probe in self._sampler.since(began)), default=0.0)
         if slowest > PROBE_LIMIT:
             raise _Problem(f"a probe took {slowest:.1f} s")
         return f"{HALVES} connections; the slowest probe took {slowest:.2f} s"

@@ -16,6 +16,7 @@ from soak.platform import Platform
 from soak.record import Plan, Run
 from soak.requests import Author, Request
 from soak.sampler import Gauges, Sampler
+from soak.schedule import SETTLE
 from soak.schedule import plan as planned
 from soak.service import DRAIN, START_LIMIT, Target
 
@@ -126,14 +127,15 @@ class _Performance:
         """One fault after the other; none begins after `end`, and one that has begun is seen through."""
         run, seed = self._run, self._run.plan.seed
         faults = Faults(self._target, self._clients, self._sampler, self._platform, self._events, seed)
-        last = self._events.now
+        last = well = self._events.now
         for fault in planned(seed):
-            due = last + fault.gap
+            due = max(last + fault.gap, well + SETTLE)
             if await self._time_passes(min(due, end)) or due > end:
                 return
             last = self._events.now
             self._say(f"{fault.kind}")
             happened = await faults.inject(fault.kind)
+            well = happened.ended
             run.faults.append(happened)
             self._say(f"  all well after {happened.ended - happened.at:.1f} s; {happened.problem or happened.note}")
 

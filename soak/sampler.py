@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -64,7 +65,12 @@ class Sampler:
         self._ledger = ledger
         self._events = events
 
+    def since(self, sent: float) -> list[Probe]:
+        """The probes that were sent then or later."""
+        return self.probes[bisect_left(self.probes, sent, key=lambda probe: probe.sent) :]
+
     async def run(self) -> None:
+        """Take samples until cancelled."""
         await asyncio.gather(self._look_at_memory(), self._look_at_gauges(), self._probe())
 
     async def _look_at_memory(self) -> None:

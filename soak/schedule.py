@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 GAP = (30.0, 60.0)
-"""Seconds from one fault to the next; more where the service takes longer than that to be ready again."""
+"""Seconds from one fault to the next."""
+SETTLE = 15.0
+"""Seconds of work between a recovery and the next fault, where the recovery has taken most of the gap."""
 
 
 class Kind(enum.StrEnum):

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import incumbent, latency, memory, report, rows, scale, score, startup, streams
+from benchmarks import incumbent, latency, memory, overload, report, rows, scale, score, startup, streams
 from benchmarks.service import Bench
 
 ROOT = Path(__file__).parent.parent
 # Memory is last: its peak is that of the whole run.
 BENCHMARKS: dict[str, Callable[[Bench], list[report.Figure]]] = {
-    module.NAME: module.measure for module in (startup, latency, streams, rows, incumbent, score, scale, memory)
+    module.NAME: module.measure
+    for module in (startup, latency, streams, rows, incumbent, score, scale, overload, memory)
 }
 
 

@@ -154,7 +154,7 @@ async def read_body(
 
 
 def _too_large(limit: int) -> HttpError:
-    return HttpError(413, f"the request body is larger than {limit} bytes", [(b"connection", b"close")])
+    return HttpError(413, f"the request body is larger than {limit} bytes")
 
 
 class Admission:

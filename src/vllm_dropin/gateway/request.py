@@ -26,15 +26,23 @@ from vllm_dropin.gateway.errors import (
 # The version that tells the platform not to expect the model's own statistics (contract, section 3).
 DRUM_VERSION = "1.17.20"
 HEADER_BYTES = 64 << 10
+DISCARD_BYTES = 1 << 20  # the largest body that is read and thrown away before its request is refused
+DISCARD_SECONDS = 0.05
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,256}")
 # Two readings of one path are how access rules are passed by (CVE-2026-48746): such a path names nothing.
 _AMBIGUOUS = re.compile(rb"//|\\|%(?:2f|5c|2e|25|7f|[01][0-9a-f])|/\.\.?(?:/|$)", re.IGNORECASE)
 
 
 class Request:
-    """One exchange. `send` stamps the contract's headers on the response and remembers whether it has started."""
+    """One exchange. `send` stamps the contract's headers on the response and remembers whether it has started.
 
-    __slots__ = ("_receive", "_send", "headers", "id", "method", "openai", "path", "query", "scope", "started")
+    The HTTP server below us closes a connection whose request was answered before all of it was read. A client that is
+    not told sends its next request there and is answered by nothing, so the response says that the connection closes.
+    """
+
+    __slots__ = (
+        "_receive", "_send", "_unread", "headers", "id", "method", "openai", "path", "query", "scope", "started",
+    )  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
@@ -46,6 +54,7 @@ class Request:
         self.started: int | None = None
         self._receive = receive
         self._send = send
+        self._unread = self.headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in self.headers
         given = self.headers.get(b"x-request-id", b"")
         self.id = given if _REQUEST_ID.fullmatch(given) else str(uuid.uuid4()).encode()
 
@@ -55,7 +64,9 @@ class Request:
         return sum(len(name) + len(value) + 4 for name, value in self.scope["headers"])
 
     async def receive(self) -> Message:
-        return await self._receive()
+        message = await self._receive()
+        self._unread = bool(message.get("more_body", False))
+        return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -64,14 +75,26 @@ class Request:
                 (b"x_request_id", self.id),
                 (b"x-drum-version", DRUM_VERSION.encode()),
             ]
+            if self._unread:
+                stamp.append((b"connection", b"close"))
             message["headers"] = [*message["headers"], *stamp]
         await self._send(message)
 
     async def fail(self, error: HttpError) -> None:
         """Answer with the error, in the shape of the route."""
+        await self._discard()
         message = bounded(error.message)
         shape = openai_error(error.status, message) if self.openai else message_error(message)
         await send_json(self.send, error.status, shape, error.headers)
+
+    async def _discard(self) -> None:
+        """Read the rest of a body that is not large and is here already: the client keeps its connection."""
+        announced = self.headers.get(b"content-length", b"")
+        if announced.isdigit() and int(announced) <= DISCARD_BYTES and b"expect" not in self.headers:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DISCARD_SECONDS):
+                    while self._unread:
+                        await self.receive()
 
 
 def canonical_path(scope: Scope) -> str | None:

@@ -54,7 +54,11 @@ def _plan() -> Plan:
 def main() -> int:
     """0: all checks passed; 1: one failed; 130: ended early, and all that could be checked passed."""
     plan = _plan()
-    run = asyncio.run(perform(plan, say))
+    try:
+        run = asyncio.run(perform(plan, say))
+    except KeyboardInterrupt:
+        say("stopped, without a report; nothing is left running")
+        return 130
     found = checks(run)
     page = report(run, found)
     (plan.output / "report.md").write_text(page, encoding="utf-8")

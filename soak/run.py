@@ -75,7 +75,7 @@ class _Performance:
             loop.add_signal_handler(number, self._interrupt)
         self._say(f"the service starts at {self._target.url}; its log is {self._run.plan.output / 'log'}")
         try:
-            await self._target.wait_ready(START_LIMIT)
+            await self._start()
             self._run.ready = self._events.now
             self._say(f"ready after {self._run.ready:.0f} s; load for {self._run.plan.minutes:g} minutes")
             async with self._clients:
@@ -86,6 +86,19 @@ class _Performance:
         except RuntimeError as error:
             self._run.failure = str(error)
             self._say(self._run.failure)
+
+    async def _start(self) -> None:
+        """Until the service is ready. Raises RuntimeError when it does not get so, or when the run is to end before."""
+        ready = asyncio.create_task(self._target.wait_ready(START_LIMIT), name="ready")
+        stop = asyncio.create_task(self._stop.wait(), name="stop")
+        try:
+            await asyncio.wait({ready, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not ready.done():
+                raise RuntimeError("ended before the service was ready")
+            ready.result()
+        finally:
+            for task in (ready, stop):
+                task.cancel()
 
     def _interrupt(self) -> None:
         self._say("ending early, with a report; once more to stop at once")

@@ -111,6 +111,7 @@ def _disturbed(run: Run) -> list[Check]:
     stopped = [fault for fault in faults if fault.kind is Kind.STOP_CORE]
     problems = [f"{fault.kind}: {fault.problem}" for fault in faults if fault.problem]
     asked = sum(fault.kind.restarts for fault in faults)
+    away = sum(fault.kind is Kind.PLATFORM_AWAY for fault in faults)
     hang = run.plan.options.hang_timeout * 1.5 + 5.0
     return [
         Check("cut without a word, but by a killed gateway worker", f"{len(cut)}{_first(cut)}", "0", not cut),
@@ -122,6 +123,12 @@ def _disturbed(run: Run) -> list[Check]:
         _within("ready again after kill or stop", [fault.ready_again for fault in faults], READY_WITHIN),
         Check(
             "restarts of the engine", str(run.ending.restarts), f"{asked}, as asked for", run.ending.restarts == asked
+        ),
+        Check(
+            "restarts that the platform took notice of",
+            str(run.told),
+            f"{asked - away} to {asked}",
+            asked - away <= run.told <= asked,
         ),
         Check("hangs reported", str(run.hang_reports), f"{len(stopped)}, as caused", run.hang_reports == len(stopped)),
     ]

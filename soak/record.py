@@ -39,6 +39,7 @@ class Ending:
 class Run:
     """All that was seen. Times in seconds since its begin. `failure`: what ended it before its time, if anything did.
 
+    `told`: how often the platform was told of a new engine, and took it.
     `ready` is when the load began, `load_ended` when the clients were told to ask nothing more.
     """
 
@@ -54,4 +55,5 @@ class Run:
     gauges: list[Gauges] = field(default_factory=list)
     faults: list[Happened] = field(default_factory=list)
     hang_reports: int = 0
+    told: int = 0
     ending: Ending = field(default_factory=Ending)

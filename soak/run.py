@@ -65,6 +65,7 @@ class _Performance:
         run.asked, run.entries = self._ledger.asked.total(), self._ledger.entries
         run.processes = sampler.processes
         run.probes, run.gauges = sampler.probes, sampler.gauges
+        run.told = self._platform.taken["Engine restarted"]
         run.hang_reports = self._target.log().count(f"the engine is killed: {HANG_REPORT}")
         return run
 

@@ -49,6 +49,7 @@ def run(control: bool) -> Run:
         gauges=[Gauges(at, 5, 9, QUIET) for at in looks],
         faults=[] if control else [KILL, STOP, WORKER],
         hang_reports=0 if control else 1,
+        told=0 if control else 2,
         ending=Ending(quiet=Gauges(END, 0, 0, QUIET), restarts=0 if control else 2, exit_code=0, exit_seconds=3.0),
     )
 
@@ -84,6 +85,8 @@ def test_a_good_run_passes(control: bool) -> None:
         (lambda run: run.faults.__setitem__(1, replace(STOP, last_ready=36.0)), "ready was last answered after a stop"),
         (lambda run: run.faults.__setitem__(0, replace(KILL, ready_again=130.0)), "ready again"),
         (lambda run: setattr(run.ending, "restarts", 3), "restarts of the engine"),
+        (lambda run: setattr(run, "told", 1), "restarts that the platform"),
+        (lambda run: setattr(run, "told", 3), "restarts that the platform"),
         (lambda run: setattr(run, "hang_reports", 2), "hangs reported"),
         (lambda run: setattr(run.ending, "late", 1), "clients that came to no end"),
         (lambda run: setattr(run.ending, "quiet", Gauges(END, 0, 0, {**QUIET, "in_flight": 1})), "gauges when"),

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,28 @@ def test_a_worker_is_small(stage: Stage) -> None:
     gateway = stage.gateway()
     gateway.chat("hello")
     assert resident_mebibytes(gateway.workers[0].pid) < 90
+
+
+@pytest.fixture(scope="module")
+def used() -> Iterator[GatewayProcess]:
+    """A gateway of these tests alone, which has scored a row."""
+    made = Stage()
+    gateway = made.gateway()
+    gateway.ask("POST", "/predict/", b"promptText\nhi\n")
+    yield gateway
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("cells", "status"),
+    [(b"x" * 20_000_000, 200), (b'"' + b"Tell me more\n" * 700_000 + b'"', 422), (b'"' + b"Tell me\n" * 700_000, 422)],
+    ids=["scored", "refused by the engine", "never closed"],
+)
+def test_what_a_large_cell_took_is_given_back(used: GatewayProcess, cells: bytes, status: int) -> None:
+    """The allocator kept some of it, and an error that nobody needed any more the rest."""
+    before = resident_mebibytes(used.workers[0].pid)
+    assert used.ask("POST", "/predict/", b"promptText\n" + cells)[0] == status
+    wait_until(lambda: resident_mebibytes(used.workers[0].pid) - before < 6)
 
 
 def test_the_socket_answers_before_the_client_of_the_engine_is_loaded() -> None:

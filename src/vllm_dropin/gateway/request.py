@@ -121,6 +121,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        del task  # its error refers to this frame: they would keep each other, and all that the work had, for long
 
 
 async def _disconnect(receive: Receive) -> None:

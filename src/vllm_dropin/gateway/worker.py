@@ -30,6 +30,8 @@ STOP_GRACE = 3.0
 CONNECTIONS = 1 << 16  # of a worker, where its limit of descriptors allows so many; further bounds are in limits.py
 SPARE_DESCRIPTORS = 64  # for what belongs to no client
 _PR_SET_PDEATHSIG = 1
+_M_MMAP_THRESHOLD = -3
+_LARGE_PIECE = 128 << 10  # bytes; what glibc begins with
 
 _log = logging.get("gateway")
 
@@ -39,6 +41,17 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(0)
+
+
+def give_memory_back() -> None:
+    """Have glibc return each large piece of memory to the system as soon as it is free.
+
+    It would raise its own threshold to the size of the largest piece so far: a worker that had read a CSV cell of 26 MB
+    kept twice that.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none, and does so anyway
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_PIECE)
 
 
 def find_connection_limit() -> int:
@@ -117,6 +130,7 @@ def main() -> int:
     logging.REDACTOR.learn(key for key in (*config.api_keys, config.engine_key) if key)
     state = SharedState.attach(state_path)
     find_temporary_folder(config_path.parent)
+    give_memory_back()
     end_with_parent(state.supervisor_pid)
     uvloop.run(serve(config_path, config, state, slot, descriptor))
     return 0

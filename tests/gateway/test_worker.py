@@ -42,7 +42,11 @@ def used() -> Iterator[GatewayProcess]:
 
 @pytest.mark.parametrize(
     ("cells", "status"),
-    [(b"x" * 20_000_000, 200), (b'"' + b"Tell me more\n" * 700_000 + b'"', 422), (b'"' + b"Tell me\n" * 700_000, 422)],
+    [
+        (b"bytes=9 " + b"x" * 20_000_000, 200),
+        (b'"' + b"Tell me more\n" * 700_000 + b'"', 422),
+        (b'"' + b"Tell me\n" * 700_000, 422),
+    ],
     ids=["scored", "refused by the engine", "never closed"],
 )
 def test_what_a_large_cell_took_is_given_back(used: GatewayProcess, cells: bytes, status: int) -> None:

@@ -116,13 +116,13 @@ def test_the_clock_does_not_run_while_a_request_does(brisk: GatewayProcess) -> N
 
 
 def test_a_thousand_half_headers_hinder_nobody(stage: Stage, many_descriptors: None) -> None:
-    gateway = stage.gateway(api_keys=["the-key"], limits={"idle_timeout": 2.5})
+    gateway = stage.gateway(api_keys=["the-key"], limits={"idle_timeout": 1.5})
     pid = gateway.workers[0].pid
     wait_until(lambda: gateway.get("/ping")[0] == 200)
     memory, open_before = resident_mebibytes(pid), descriptors(pid)
     with half_headers(gateway, 1000), GoodClient(gateway) as good:
         wait_until(lambda: descriptors(pid) >= open_before + 1000)
-        time.sleep(0.5)
+        time.sleep(0.3)
         assert resident_mebibytes(pid) - memory < 64
         wait_until(lambda: descriptors(pid) < open_before + 20)
     assert good.statuses == {200}

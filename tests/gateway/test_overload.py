@@ -20,8 +20,8 @@ from tests.gateway.test_worker import resident_mebibytes
 ROOT = Path(__file__).parents[2]
 KEY = {"Authorization": "Bearer the-key"}
 PLACES = 16
-SPAN = 2.0  # seconds of load
-WARM_UP = 0.6
+SPAN = 1.6  # seconds of load
+WARM_UP = 0.5
 
 
 def load(gateway: GatewayProcess, bodies: Path, how: str, number: float) -> arrivals.Report:

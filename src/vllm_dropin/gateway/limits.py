@@ -6,8 +6,8 @@ import asyncio
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from io import BytesIO
 from types import TracebackType
 from typing import IO
@@ -42,6 +42,15 @@ class Hold:
 
     def release(self, size: int) -> None:
         self._slot.add("held_bytes", -size)
+
+    @contextmanager
+    def during(self, size: int) -> Iterator[None]:
+        """Count `size` bytes while the block runs. Raises as `take`."""
+        self.take(size)
+        try:
+            yield
+        finally:
+            self.release(size)
 
 
 class Body:

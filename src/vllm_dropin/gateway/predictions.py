@@ -31,6 +31,8 @@ _THREAD_ABOVE = 256 << 10  # bytes; parsing more than this would hold up every s
 # bytes; reading a file lets other threads run now and then, reading from memory does not, and a cell may have millions
 # of lines
 _SPOOL_ABOVE = 1 << 20
+# bytes; what a request costs us beside its body, which may be one row: nothing else bounds how many are here at once
+_REQUEST_BYTES = 64 << 10
 _BATCH_ROWS = 64
 _PLACE_POLL = 0.01  # seconds; a place freed by another worker is only seen by looking
 _T = TypeVar("_T")
@@ -59,17 +61,18 @@ class Predictions:
         self._require_service()
         limits = self._config.limits
         headers = dict(scope["headers"])
-        body = await read_body(
-            receive,
-            headers,
-            limits.row_body,
-            spool_above=self._spool_above,
-            grace=limits.body_grace,
-            hold=self._hold,
-        )
-        with body:
-            self._require_service()  # a slow upload can outlast it
-            await while_connected(receive, self._answer(body, headers, send))
+        with self._hold.during(_REQUEST_BYTES):
+            body = await read_body(
+                receive,
+                headers,
+                limits.row_body,
+                spool_above=self._spool_above,
+                grace=limits.body_grace,
+                hold=self._hold,
+            )
+            with body:
+                self._require_service()  # a slow upload can outlast it
+                await while_connected(receive, self._answer(body, headers, send))
 
     def _require_service(self) -> None:
         """Raises HttpError unless rows can be scored, now or after a restart."""

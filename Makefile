@@ -28,6 +28,7 @@ help:
 	@echo 'make test            all tests but the slow ones, the real engine included (under 10 minutes on 2 cores)'
 	@echo 'make test-fast       the tests that need no engine'
 	@echo 'make test-slow       the tests that are left out of "make test"'
+	@echo 'make faults          the tests behind docs/reliability.md, whose table it measures (about 20 minutes)'
 	@echo 'make fuzz            random inputs by the thousand: requests, tables, files, flags (about 10 minutes)'
 	@echo 'make soak            load and faults for 20 minutes: what is lost, what grows, what is left over; a report'
 	@echo 'make audit           known vulnerabilities of what the lock files pin (asks a database on the internet)'
@@ -64,6 +65,12 @@ SEED ?= $(shell date +%s)
 fuzz: .venv-fuzz/.complete $(ENGINE)
 	FUZZ_EXAMPLES=$(EXAMPLES) FUZZ_SECONDS=$(SECONDS) .venv-fuzz/bin/pytest tests/fuzz -m fuzz \
 		--hypothesis-seed=$(SEED) $(ARGS)
+
+.PHONY: faults
+faults: $(DEV) $(ENGINE)
+	@mkdir -p .cache && rm -f .cache/faults.jsonl
+	FAULTS_FIGURES=$(CURDIR)/.cache/faults.jsonl $(BIN)/pytest -m faults $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m tests.faults .cache/faults.jsonl)
 
 .PHONY: soak
 soak: .venv-soak/.complete $(ENGINE)

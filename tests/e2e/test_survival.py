@@ -1,5 +1,6 @@
 """The real engine killed, and the service stopped: what a client sees, and what is left in the process table."""
 
+import http.client
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import httpx2
 import pytest
 
 from tests.e2e.test_rows import as_csv
+from tests.faults.figures import record
 
 pytestmark = pytest.mark.e2e
 
@@ -41,23 +43,34 @@ def core_pid(service) -> int:
 
 
 def test_rows_survive_the_death_of_the_engine_core(real_service):
-    """All rows of a CSV are answered although the core is killed in the middle of it."""
-    answers = []
+    """All rows of a CSV are answered although the core is killed in the middle of it; a stream ends in an error."""
+    answers, frames = [], []
+
+    def read():
+        with httpx2.stream("POST", f"{real_service.url}/v1/chat/completions", json=LONG_STREAM, timeout=60) as stream:
+            frames.extend(line.removeprefix("data: ") for line in stream.iter_lines() if line)
 
     def score():
         rows = as_csv([f"Write a story about the number {index}." for index in range(200)])
         answers.append(httpx2.post(f"{real_service.url}/predict/", content=rows, timeout=400))
 
-    client = threading.Thread(target=score)
+    client, reader = threading.Thread(target=score), threading.Thread(target=read)
     victims = engine_pids(real_service)
     core = core_pid(real_service)
     client.start()
-    time.sleep(4)
+    reader.start()
+    real_service.wait_for(lambda: len(frames) >= 10, 30, "no ten tokens")
+    time.sleep(2)
     assert not answers, "the rows were done before the fault"
     os.kill(core, signal.SIGKILL)
     killed = time.monotonic()
     real_service.wait_for(lambda: httpx2.get(f"{real_service.url}/readyz").status_code == 503, 5, "still ready")
-    assert time.monotonic() - killed < 2
+    unready = time.monotonic() - killed
+    record(2, "SIGKILL of the core to unready, no workers", unready)
+    assert unready < 1
+    reader.join(60)
+    assert "[DONE]" not in frames
+    assert json.loads(frames[-1])["error"]
     client.join(400)
     assert answers and answers[0].status_code == 200, answers and answers[0].text[:500]
     assert len(answers[0].json()["predictions"]) == 200
@@ -67,18 +80,35 @@ def test_rows_survive_the_death_of_the_engine_core(real_service):
     assert (status["phase"], status["engine"]["restarts"]) == ("ready", 1)
 
 
-def test_a_client_that_leaves_ends_the_engines_work(real_service):
+@pytest.mark.parametrize(
+    ("path", "body", "read"),
+    [
+        ("/v1/chat/completions", json.dumps(LONG_STREAM), 2000),
+        ("/v1/chat/completions", json.dumps(LONG_STREAM), 0),
+        ("/predict/", as_csv([f"Write a story about the number {index}." for index in range(100)]), 0),
+    ],
+    ids=["in a stream", "before its first byte is read", "in a CSV"],
+)
+def test_a_client_that_leaves_ends_the_engines_work(real_service, path, body, read):
     def running() -> float:
         text = httpx2.get(f"{real_service.url}/metrics").text
         return sum(
             float(line.split()[-1]) for line in text.splitlines() if line.startswith("vllm:num_requests_running")
         )
 
-    with httpx2.stream("POST", f"{real_service.url}/v1/chat/completions", json=LONG_STREAM, timeout=60) as stream:
-        chunks = stream.iter_bytes()  # kept: a collected iterator closes the connection
-        next(chunks)
-        real_service.wait_for(lambda: running() == 1, 5, "the request does not run")
-    real_service.wait_for(lambda: running() == 0, 3, "the request still runs")
+    client = http.client.HTTPConnection(real_service.url.removeprefix("http://"), timeout=60)
+    kind = "text/csv" if path == "/predict/" else "application/json"
+    client.request("POST", path, body, {"Content-Type": kind})
+    if read:
+        response = client.getresponse()  # kept: a collected one closes the connection
+        assert len(response.read(read)) == read
+    real_service.wait_for(lambda: running() > 0, 30, "nothing runs")
+    client.close()
+    if read:
+        response.close()
+    left = time.monotonic()
+    real_service.wait_for(lambda: running() == 0, 2, "it still runs")
+    record(15, f"leaving {path} to nothing running", time.monotonic() - left)
 
 
 def test_sigterm_with_open_streams(real_service):

@@ -12,15 +12,19 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_dropin.errors import AddressError, ConfigurationError
+from vllm_dropin.errors import AddressError, ConfigurationError, InputOutputError
 from vllm_dropin.logging import get
 
 log = get("runtime")
 
 PREFIX = "vllm-dropin-"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 SOCKET_PATH_LIMIT = 100
 """Bytes: a unix socket's path has 108 on Linux, and vLLM adds to it for its own sockets."""
+
+ROOM = 1 << 20
+"""Bytes that the files of a runtime folder never exceed: counters, the workers' configuration, /status."""
 
 BACKLOG = 2048
 
@@ -41,7 +45,8 @@ class RuntimeFolder:
     def create(cls, wanted: Path | None) -> RuntimeFolder:
         """Make a new private folder below `wanted`, or below the temporary folder when that path is too long.
 
-        What killed processes have left there is removed. Raises ConfigurationError when neither can be written.
+        What killed processes have left there is removed. Raises InputOutputError when the disk is full,
+        ConfigurationError when neither can be written.
         """
         base = wanted or Path(tempfile.gettempdir())
         if len(os.fsencode(base)) + len("/vllm-dropin-xxxxxxxx/engine.sock") > SOCKET_PATH_LIMIT:
@@ -49,15 +54,32 @@ class RuntimeFolder:
         try:
             base.mkdir(parents=True, exist_ok=True)
             sweep(base)
-            while True:
-                path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-                with contextlib.suppress(FileNotFoundError):  # another's sweep came before our lock
-                    return cls(path, _lock(path))
+            return cls._make(base)
         except OSError as error:
+            if error.errno in _FULL:
+                raise InputOutputError(
+                    f"there is no room for a runtime folder in {base}: {error.strerror}",
+                    "Free some space there, or give another folder with --runtime-dir.",
+                ) from error
             raise ConfigurationError(
                 f"cannot make a runtime folder in {base}: {error.strerror}",
                 "Give a writable folder with --runtime-dir.",
             ) from error
+
+    @classmethod
+    def _make(cls, base: Path) -> RuntimeFolder:
+        while True:
+            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+            with contextlib.suppress(FileNotFoundError):  # another's sweep came before our lock
+                folder = cls(path, _lock(path))
+                break
+        try:
+            _take_room(path)
+        except OSError as error:
+            if error.errno in _FULL:  # a file system may refuse for other reasons
+                folder.remove()
+                raise
+        return folder
 
     @property
     def engine_socket(self) -> Path:
@@ -86,6 +108,15 @@ def _lock(folder: Path) -> int:
         os.close(descriptor)
         raise FileNotFoundError(folder)
     return descriptor
+
+
+def _take_room(folder: Path) -> None:
+    """Take the room that the files will need, and give it back. Raises OSError.
+
+    On a full tmpfs the first touch of the mapped state file would kill us by SIGBUS.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, ROOM)
 
 
 def sweep(base: Path) -> None:

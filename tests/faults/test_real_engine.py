@@ -143,7 +143,7 @@ def one_restart(service: Service, platform: Events, row: int, what: str) -> Iter
 
 
 def test_the_core_is_killed_under_load(service: Service, platform: Events) -> None:
-    with one_restart(service, platform, 2, "SIGKILL of the core under load"), Load(service) as load:
+    with Load(service) as load, one_restart(service, platform, 2, "SIGKILL of the core under load"):
         os.kill(named(service, "EngineCore"), signal.SIGKILL)
         seconds = until_unready(service, time.monotonic())
         record(2, "SIGKILL of the core under load to unready", seconds)
@@ -160,7 +160,7 @@ def test_the_core_is_killed_while_idle(service: Service, platform: Events) -> No
 
 
 def test_a_worker_is_killed(service: Service, platform: Events) -> None:
-    with one_restart(service, platform, 2, "SIGKILL of a worker"), Load(service) as load:
+    with Load(service) as load, one_restart(service, platform, 2, "SIGKILL of a worker"):
         os.kill(named(service, "Worker"), signal.SIGKILL)
         seconds = until_unready(service, time.monotonic())
         record(2, "SIGKILL of a worker to unready", seconds)
@@ -188,7 +188,7 @@ def little_memory(pid: int) -> Iterator[None]:
 
 def test_a_worker_is_killed_for_want_of_memory(service: Service, platform: Events) -> None:
     worker = named(service, "Worker")
-    with one_restart(service, platform, 2, "an OOM kill"), little_memory(worker), Load(service) as load:
+    with Load(service) as load, one_restart(service, platform, 2, "an OOM kill"), little_memory(worker):
         service.wait_for(lambda: gone([worker]), 30, "the kernel has not killed it")
         seconds = until_unready(service, time.monotonic())
         record(2, "an OOM kill to unready", seconds)
@@ -197,7 +197,7 @@ def test_a_worker_is_killed_for_want_of_memory(service: Service, platform: Event
 
 
 def test_the_api_server_is_killed(service: Service, platform: Events) -> None:
-    with one_restart(service, platform, 3, "SIGKILL of the API server"), Load(service) as load:
+    with Load(service) as load, one_restart(service, platform, 3, "SIGKILL of the API server"):
         os.kill(engine_pids(service)[0], signal.SIGKILL)
         seconds = until_unready(service, time.monotonic())
         record(3, "SIGKILL of the API server to unready", seconds)
@@ -208,7 +208,7 @@ def test_the_api_server_is_killed(service: Service, platform: Events) -> None:
 def test_the_core_is_stopped(service: Service, platform: Events) -> None:
     """A stopped process can dump its stacks: SIGABRT waits for it, and SIGCONT follows."""
     core = named(service, "EngineCore")
-    with one_restart(service, platform, 4, "SIGSTOP of the core"), Load(service) as load:
+    with Load(service) as load, one_restart(service, platform, 4, "SIGSTOP of the core"):
         os.kill(core, signal.SIGSTOP)
         seconds = until_unready(service, time.monotonic())
         record(4, f"SIGSTOP of the core to unready, --hang-timeout {HANG_TIMEOUT:g}", seconds)

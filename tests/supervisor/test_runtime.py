@@ -101,7 +101,7 @@ def test_nothing_else_is_swept(tmp_path):
     (base / "vllm-dropin-linked00").symlink_to(precious)
     (base / "vllm-dropin-aFile000").touch()
     (base / "vllm-dropin-verify-abcdefgh").mkdir(mode=0o700)
-    (base / "vllm-dropin-1000").mkdir(mode=0o700)
+    (base / "vllm-dropin-10006500").mkdir(mode=0o700)  # where state goes when there is no better place
     (base / "vllm-dropin-forAll00").mkdir()
     (base / "vllm-dropin-forAll00").chmod(0o755)
     before = set(base.iterdir())

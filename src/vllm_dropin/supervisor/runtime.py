@@ -125,6 +125,8 @@ def sweep(base: Path) -> None:
     Only what is certainly ours and dead goes: a private folder of this user, no link, that nobody holds a lock on.
     """
     for path in base.glob(f"{PREFIX}????????"):
+        if path.name.removeprefix(PREFIX).isdigit():
+            continue  # a user's number: the state folder of last resort (settings/resolve.py)
         with contextlib.suppress(OSError):  # somebody lives there, it is not ours, or another has just swept it
             descriptor = os.open(path, _FOLDER)
             try:

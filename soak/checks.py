@@ -81,7 +81,7 @@ def _named(entries: Sequence[Entry]) -> Check:
 
 
 def _undisturbed(entries: Sequence[Entry]) -> Check:
-    bad = [*_of(entries, Outcome.REFUSED, Outcome.CUT), *_failed(entries)]
+    bad = [*_of(entries, Outcome.FAILED, Outcome.REFUSED, Outcome.CUT), *_with_failed_rows(entries)]
     return Check("nothing failed, was refused or cut", f"{len(bad)}{_first(bad)}", "0", not bad)
 
 
@@ -105,7 +105,9 @@ def _disturbed(run: Run) -> list[Check]:
     """What is explained by a fault, and how the service took each of them."""
     faults = run.faults
     cut = _unexplained(_of(run.entries, Outcome.CUT), faults, {Kind.KILL_WORKER}, CUT_WITHIN)
-    failed = _unexplained(_failed(run.entries), faults, RESTARTING)
+    failed = _unexplained(_of(run.entries, Outcome.FAILED), faults, RESTARTING)
+    lost = [(fault.at, fault.ended) for fault in faults if fault.kind in RESTARTING]
+    failed += [entry for entry in _with_failed_rows(run.entries) if not any(entry.overlaps(*time) for time in lost)]
     refused = _unexplained(_of(run.entries, Outcome.REFUSED), faults, {Kind.BURST})
     killed = [fault for fault in faults if fault.kind in RESTARTING - {Kind.STOP_CORE}]
     stopped = [fault for fault in faults if fault.kind is Kind.STOP_CORE]
@@ -137,11 +139,13 @@ def _disturbed(run: Run) -> list[Check]:
 def _unexplained(
     entries: Iterable[Entry], faults: Sequence[Happened], kinds: Collection[Kind], seconds: float | None = None
 ) -> list[Entry]:
-    """Those that were not under way in any such fault, or within so many seconds of its begin."""
+    """Those that no such fault explains: they did not end during one, or within so many seconds of its begin."""
     times = [
-        (fault.at, fault.ended if seconds is None else fault.at + seconds) for fault in faults if fault.kind in kinds
+        (fault.at, fault.ended + 1.0 if seconds is None else fault.at + seconds)
+        for fault in faults
+        if fault.kind in kinds
     ]
-    return [entry for entry in entries if not any(entry.overlaps(begin, end) for begin, end in times)]
+    return [entry for entry in entries if not any(begin <= entry.ended <= end for begin, end in times)]
 
 
 def _within(name: str, seconds: Iterable[float | None], bar: float) -> Check:
@@ -218,9 +222,9 @@ def _of(entries: Iterable[Entry], *outcomes: Outcome) -> list[Entry]:
     return [entry for entry in entries if entry.verdict.outcome in outcomes]
 
 
-def _failed(entries: Iterable[Entry]) -> list[Entry]:
-    """Requests that failed explicitly, and tables with a sound row that did."""
-    return [entry for entry in entries if entry.verdict.outcome is Outcome.FAILED or entry.verdict.failed_rows]
+def _with_failed_rows(entries: Iterable[Entry]) -> list[Entry]:
+    """Tables with a sound row that has an error."""
+    return [entry for entry in entries if entry.verdict.failed_rows]
 
 
 def _first(entries: Sequence[Entry]) -> str:

@@ -22,6 +22,7 @@ READY, END = 60.0, 60.0 + JUDGED_AFTER + 300.0
 QUIET = dict.fromkeys(OURS, 0)
 KILL = Happened(Kind.KILL_CORE, 200.0, 240.0, last_ready=0.2, ready_again=35.0)
 STOP = Happened(Kind.STOP_CORE, 300.0, 360.0, last_ready=28.0, ready_again=60.0)
+FAILED_ROW = Verdict(Outcome.ANSWERED, "row 1: the engine crashed on this row", rows=4, failed_rows=1, named=3)
 WORKER = Happened(Kind.KILL_WORKER, 400.0, 401.0)
 
 
@@ -78,6 +79,8 @@ def test_a_good_run_passes(control: bool) -> None:
         (lambda run: add(run, entry("chat", KILL.at + 0.5, Outcome.CUT)), "cut without"),
         (lambda run: add(run, entry("farewell", END + 5, Outcome.LEFT)), "answers whole"),
         (lambda run: setattr(run, "asked", 4), "every request"),
+        (lambda run: add(run, replace(entry("chat", WORKER.at + 10.0, Outcome.CUT), started=WORKER.at)), "cut without"),
+        (lambda run: add(run, replace(entry("table", 195.0), verdict=FAILED_ROW)), "failed, but"),
         (lambda run: run.processes.extend(memory("worker 1", 4, grown=40_000_000)), "growth of memory"),
         (lambda run: run.gauges.append(replace(run.gauges[-1], engine=10)), "requests in the engine"),
         (lambda run: run.faults.append(replace(WORKER, problem="no other worker 0")), "faults that were not"),
@@ -113,7 +116,7 @@ def test_a_table_out_of_order_is_named_as_such() -> None:
 
 @pytest.mark.parametrize(
     ("outcome", "ended"),
-    [(Outcome.FAILED, KILL.ended), (Outcome.CUT, WORKER.at + CUT_WITHIN), (Outcome.LEFT, 90.0)],
+    [(Outcome.FAILED, KILL.ended + 0.5), (Outcome.CUT, WORKER.at + CUT_WITHIN), (Outcome.LEFT, 90.0)],
 )
 def test_what_a_fault_explains_is_no_failure(outcome: Outcome, ended: float) -> None:
     made = run(control=False)
@@ -139,6 +142,12 @@ def test_what_the_control_does_not_bear(spoil: Callable[[Run], object], name: st
     found = failed(made)
     assert len(found) == 1, found
     assert found[0].startswith(name)
+
+
+def test_a_row_may_fail_in_a_table_that_was_open_when_an_engine_was_lost() -> None:
+    made = run(control=False)
+    add(made, replace(entry("table", KILL.ended + 20.0), started=KILL.at - 5.0, verdict=FAILED_ROW))
+    assert failed(made) == []
 
 
 def test_what_was_left_may_be_in_the_engine_for_a_while() -> None:

@@ -129,14 +129,16 @@ def test_a_thousand_half_headers_hinder_nobody(stage: Stage, many_descriptors: N
     assert good.worst < 1
 
 
-def test_clients_beyond_the_descriptors_wait_and_cost_nothing(stage: Stage) -> None:
+def test_clients_beyond_the_descriptors_wait_and_cost_nothing(stage: Stage, tmp_path: Path) -> None:
     """Without a bound on connections the worker asked the kernel for one more all the time: a whole core."""
     gateway = stage.gateway(limits={"idle_timeout": IDLE})
     gateway.workers[0].kill()
     gateway.workers[0].wait(5)
     argv = ["sh", "-c", 'ulimit -n 256; exec "$@"', "sh", *map(str, gateway.workers[0].args)]  # type: ignore[arg-type]
-    gateway.workers[0] = worker = subprocess.Popen(argv, pass_fds=[gateway.socket.fileno()])
+    with (tmp_path / "log").open("wb") as log:
+        gateway.workers[0] = worker = subprocess.Popen(argv, pass_fds=[gateway.socket.fileno()], stderr=log)
     gateway.wait()
+    assert "no more than 96 clients can be connected at once" in (tmp_path / "log").read_text()
     assert gateway.chat("hi")[0] == 200
     spent = cpu_seconds(worker.pid)
     answers: list[int] = []

@@ -29,6 +29,7 @@ from vllm_dropin.gateway.state import SharedState
 STOP_GRACE = 3.0
 CONNECTIONS = 1 << 16  # of a worker, where its limit of descriptors allows so many; further bounds are in limits.py
 SPARE_DESCRIPTORS = 64  # for what belongs to no client
+FEW_CONNECTIONS = 1024  # fewer are worth a warning
 _PR_SET_PDEATHSIG = 1
 _M_MMAP_THRESHOLD = -3
 _LARGE_PIECE = 128 << 10  # bytes; what glibc begins with
@@ -65,7 +66,14 @@ def find_connection_limit() -> int:
     wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(1, (wanted - SPARE_DESCRIPTORS) // 2)
+    connections = max(1, (wanted - SPARE_DESCRIPTORS) // 2)
+    if connections < FEW_CONNECTIONS:
+        _log.warning(
+            "no more than %d clients can be connected at once: this process may open %d files (ulimit -n)",
+            connections,
+            wanted,
+        )
+    return connections
 
 
 def find_temporary_folder(runtime: Path) -> None:

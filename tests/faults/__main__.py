@@ -53,7 +53,7 @@ def render(stored: dict[str, Any]) -> str:
 
 def _line(row: Row, figures: dict[str, str]) -> str:
     measured = "<br>".join(f"{name}: {value}" for name, value in figures.items())
-    shows = f"{row.shows}. {row.nearest}".rstrip(" ")
+    shows = ". ".join(text for text in (row.shows, row.nearest) if text)
     return f"| {row.number} | {row.fault} | {shows} | {row.bound} | {measured} |"
 
 

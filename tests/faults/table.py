@@ -85,7 +85,7 @@ ROWS = (
             *tests("supervisor", service="a_hanging_engine_is_killed_and_started_again", hang="", stacks=""),
             *tests("settings", resolve="no_stats_no_watch"),
         ),
-        "The control, an hour at saturation without a restart, is `make soak ARGS=--control`.",
+        "The control, an hour at saturation without a restart, is `make soak ARGS=--control`",
     ),
     Row(
         5,
@@ -146,7 +146,7 @@ ROWS = (
             *tests("supervisor", verification="other_weights_end_the_start"),
             *tests("cli", check="weights_are_checked weights_that_are_not_what_the_manifest_says"),
         ),
-        "Without a manifest a changed byte inside a tensor is a number like any other: nothing can see it.",
+        "Without a manifest a changed byte inside a tensor is a number like any other: nothing can see it",
     ),
     Row(
         10,
@@ -199,7 +199,7 @@ ROWS = (
                    "sigterm_ends_it_at_any_moment signals_until_the_very_end_do_not_change_the_exit_code"),
             *tests("cli", serve="a_stop_signal_before_anything_has_started_is_an_orderly_end"),
         ),
-        "The 30 ms in which Python itself starts have no handler: a SIGTERM then ends the process by that signal.",
+        "The 30 ms in which Python itself starts have no handler: a SIGTERM then ends the process by that signal",
     ),
     Row(
         14,
@@ -366,9 +366,9 @@ ROWS = (
             *tests("gateway", engine_routes="", routes="everything_else_is_404_and_reaches_no_engine",
                    openai="the_engines_other_routes_are_not_listed"),
             *tests("settings", engine="no_remote_media_unless_hosts_are_listed"),
+            *tests("faults", media=""),
         ),
-        "The example is a text model, which no picture reaches. That the flag is set is tested, and that the "
-        "installed vLLM knows it (its table of flags is compared with its parser).",
+        "No picture reaches the example, a text model: vLLM's own fetcher is asked instead, with our flags",
     ),
 )  # fmt: skip
 

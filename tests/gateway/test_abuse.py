@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import GatewayProcess, Stage
+from tests.faults.figures import record
 from vllm_dropin.gateway.errors import ERROR_BYTES
 from vllm_dropin.gateway.worker import find_temporary_folder
 
@@ -131,6 +132,7 @@ def test_tricklers_are_cut_off_and_a_good_client_does_not_notice(strict: Gateway
     for kind, status in (("body without a key", b" 401 "), ("body to nowhere", b" 404 ")):
         assert all(status in said and seconds < 1 for seconds, said in results[kind]), kind
     assert good.statuses == {200}
+    record(18, "the good client's longest wait", good.worst)
     assert good.worst < 1
     assert strict.state.total("held_bytes") == strict.state.total("in_flight") == 0
 

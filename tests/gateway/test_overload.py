@@ -15,6 +15,7 @@ import pytest
 from benchmarks import arrivals
 
 from tests.conftest import GatewayProcess, Stage, wait_until
+from tests.faults.figures import record
 from tests.gateway.test_worker import resident_mebibytes
 
 ROOT = Path(__file__).parents[2]
@@ -52,10 +53,12 @@ def test_ten_times_its_capacity(stage: Stage, tmp_path: Path) -> None:
     assert all(one.sound for one in storm.asked)
     refused = [one.took for one in storm.asked if one.status == 429]
     assert len(refused) > 0.8 * len(storm.asked)
+    record(17, "p99 of the 429s", p99(refused))
     assert p99(refused) < 0.1
     admitted = [
         [one.took for one in report.asked if one.status == 200 and one.due > WARM_UP] for report in (full, storm)
     ]
+    record(17, "p99 of the admitted, times that at capacity", p99(admitted[1]) / p99(admitted[0]), "times")
     assert p99(admitted[1]) <= 2 * p99(admitted[0])
     assert resident_mebibytes(gateway.workers[0].pid) - memory < 8
     assert gateway.state.total("held_bytes") == 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import GatewayProcess, Stage, wait_until
+from tests.faults.figures import record
 from vllm_dropin.gateway.config import Limits
 
 MEBI = 1 << 20
@@ -95,6 +96,7 @@ def test_300_mib_of_header_take_no_memory(front: GatewayProcess, start: bytes, p
     status, sent = push(front, start, repeat(piece, 300 * MEBI // len(piece)))
     assert status in (400, 414, 431, None)
     assert sent < 16 * MEBI  # what the sockets between us hold
+    record(19, "memory for 300 MiB of header", peak.gained / MEBI, "MiB")
     assert peak.gained < 2 * MEBI
     assert front.get("/ping")[0] == 200
 
@@ -122,6 +124,7 @@ def test_a_gigabyte_is_413_while_it_comes(front: GatewayProcess, path: str, kind
     status, sent = push(front, head(path, *lines), pieces)
     assert status == 413
     assert sent < (0 if kind == "announced" else cap) + 16 * MEBI
+    record(20, f"memory for 1 GB, beyond a cap of {cap // MEBI} MiB", max(0, peak.gained - cap) / MEBI, "MiB")
     assert peak.gained < cap + 32 * MEBI
     assert front.state.total("held_bytes") == front.state.total("in_flight") == 0
 

@@ -61,6 +61,7 @@ class Faults:
         self._random = random.Random(f"victims {seed}")
         self._author = Author(f"burst {seed}")
         self._renewals = 0
+        self._stopped: int | None = None
         self._actions: dict[Kind, Callable[[], Awaitable[str]]] = {
             Kind.KILL_FRONT_END: lambda: self._strike("engine front end", signal.SIGKILL),
             Kind.KILL_CORE: lambda: self._strike("engine core", signal.SIGKILL),
@@ -82,13 +83,13 @@ class Faults:
         note, problem, last_ready, ready_again = "", "", None, None
         try:
             note = await self._actions[kind]()
-        except _Problem as error:
-            problem = str(error)
-        try:
             if kind.restarts:
                 last_ready, ready_again = await self._recovery(at)
+        except _Problem as error:
+            problem = str(error)
         finally:
             self._platform.mood = Mood.WELL
+            self._wake()
         await self._target.wait_ready(READY_LIMIT)
         made = await self._restarts() - before
         if made != kind.restarts:
@@ -97,6 +98,13 @@ class Faults:
         self._events.write("recovered", **asdict(happened))
         return happened
 
+    def _wake(self) -> None:
+        """Let go on what was stopped, should it have outlived that: a hang that was not noticed ends so."""
+        if self._stopped is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._stopped, signal.SIGCONT)
+            self._stopped = None
+
     async def _restarts(self) -> int:
         restarts: int = (await self._target.status())["engine"]["restarts"]
         return restarts
@@ -104,20 +112,20 @@ class Faults:
     async def _recovery(self, at: float) -> tuple[float, float]:
         """When the service was last said to be ready, and when it was ready again; seconds after the fault."""
         for_hang = 2 * self._target.options.hang_timeout + 10
-        refused = await self._first_probe(lambda status: status == 503, at, for_hang)
-        ready = await self._first_probe(lambda status: status == 200, refused, READY_LIMIT)
+        refused = await self._first_probe(503, at, for_hang, "noticed")
+        ready = await self._first_probe(200, refused, READY_LIMIT, "ready again")
         sent = [probe.sent for probe in self._sampler.since(at) if probe.sent < refused and probe.status == 200]
         return (max(sent) - at if sent else 0.0), ready - at
 
-    async def _first_probe(self, fits: Callable[[int | None], bool], after: float, seconds: float) -> float:
-        """When the first such probe was sent."""
+    async def _first_probe(self, status: int, after: float, seconds: float, what: str) -> float:
+        """When the first probe with this answer was sent."""
         deadline = self._events.now + seconds
         while self._events.now < deadline and self._target.running:
-            first = next((probe.sent for probe in self._sampler.since(after) if fits(probe.status)), None)
+            first = next((probe.sent for probe in self._sampler.since(after) if probe.status == status), None)
             if first is not None:
                 return first
             await asyncio.sleep(0.1)
-        raise RuntimeError(f"the service did not take notice, or did not get ready again, within {seconds:.0f} s")
+        raise _Problem(f"not {what} within {seconds:.0f} s")
 
     def _pid(self, role: str) -> int:
         for pid, found in self._target.processes().items():
@@ -128,6 +136,8 @@ class Faults:
     async def _strike(self, role: str, number: signal.Signals) -> str:
         pid = await asyncio.to_thread(self._pid, role)
         os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            self._stopped = pid
         return f"process {pid}"
 
     async def _lose_platform(self) -> str:

@@ -116,8 +116,10 @@ class _Performance:
         faults = asyncio.create_task(self._idle(end) if plan.control else self._disturb(end), name="faults")
         try:
             self._clients.start(SATURATION if plan.control else FAULTS)
-            await self._until_done(faults, samples)
-            self._run.load_ended = self._events.now
+            try:
+                await self._until_done(faults, samples)
+            finally:
+                self._run.load_ended = self._events.now
             self._say("the clients end what they have asked")
             self._run.ending.late = await self._clients.stop(QUIET_LIMIT)
             self._run.ending.quiet = await self._quiet()

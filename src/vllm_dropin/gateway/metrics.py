@@ -21,7 +21,7 @@ _TOTALS: tuple[tuple[Total, str], ...] = (
     ("rows", "Rows scored, failed ones included."),
     ("row_errors", "Rows that failed."),
     ("engine_retries", "Requests sent to the engine again."),
-    ("chunks", "Pieces read from the engine."),
+    ("chunks", "Pieces of completions read from the engine."),
 )
 
 

@@ -12,6 +12,7 @@ import mmap
 import os
 import struct
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Literal
 
@@ -90,7 +91,8 @@ _GAUGES: tuple[Gauge, ...] = ("in_flight", "waiting", "queued", "rows_in_flight"
 _TOTALS: tuple[Total, ...] = (
     "requests", "errors", "refused", "rows", "row_errors", "engine_retries", "chunks",
 )  # fmt: skip
-_FIELDS: tuple[str, ...] = (*_GAUGES, *_TOTALS)
+_OLDEST_WAIT = "oldest_wait_ns"
+_FIELDS: tuple[str, ...] = (*_GAUGES, *_TOTALS, _OLDEST_WAIT)
 _HEADER = (
     "magic",
     "workers",
@@ -111,6 +113,8 @@ class Slot:
     def __init__(self, memory: mmap.mmap, offset: int) -> None:
         self._memory = memory
         self._offset = offset
+        self._waits: OrderedDict[int, int] = OrderedDict()  # what waits for the engine, the oldest first
+        self._tickets = 0
 
     def _at(self, field: str) -> int:
         return self._offset + 8 * _FIELDS.index(field)
@@ -123,10 +127,37 @@ class Slot:
         at = self._at(field)
         _WORD.pack_into(self._memory, at, _WORD.unpack_from(self._memory, at)[0] + amount)
 
+    def begin_wait(self) -> int:
+        """Note that somebody waits for the engine from now on. Returns what `end_wait` takes."""
+        self._tickets += 1
+        self._waits[self._tickets] = time.monotonic_ns()
+        if len(self._waits) == 1:
+            self._note_oldest_wait()
+        self.add("waiting")
+        return self._tickets
+
+    def end_wait(self, ticket: int) -> None:
+        """The engine has sent something, or nobody waits for it any more."""
+        oldest = next(iter(self._waits)) == ticket
+        del self._waits[ticket]
+        if oldest:
+            self._note_oldest_wait()
+        self.add("waiting", -1)
+
+    def _note_oldest_wait(self) -> None:
+        since = next(iter(self._waits.values()), 0)
+        _WORD.pack_into(self._memory, self._at(_OLDEST_WAIT), since)
+
+    @property
+    def oldest_wait(self) -> float | None:
+        """When the wait began that has lasted longest, in seconds of the monotonic clock; None when nobody waits."""
+        since: int = _WORD.unpack_from(self._memory, self._at(_OLDEST_WAIT))[0]
+        return since / 1e9 if since else None
+
     def zero_gauges(self) -> None:
         """Forget what a dead worker had in flight; its totals stay. Called by the supervisor."""
-        for gauge in _GAUGES:
-            _WORD.pack_into(self._memory, self._at(gauge), 0)
+        for field in (*_GAUGES, _OLDEST_WAIT):
+            _WORD.pack_into(self._memory, self._at(field), 0)
 
 
 class SharedState:
@@ -213,6 +244,11 @@ class SharedState:
     def total(self, field: Gauge | Total) -> int:
         """The sum of one counter over all workers."""
         return sum(slot.get(field) for slot in self.slots)
+
+    @property
+    def oldest_wait(self) -> float | None:
+        """As that of a slot, over all workers: the clock is one for all processes."""
+        return min((since for slot in self.slots if (since := slot.oldest_wait) is not None), default=None)
 
     def write_status(self, status: Status) -> None:
         """Replace the long text atomically. Called by the supervisor."""

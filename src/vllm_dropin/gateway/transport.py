@@ -30,11 +30,15 @@ class StaleConnection(Exception):
 
 
 class Response:
-    """An answer whose headers have come. `chunks` counts in the slot what waits and what came."""
+    """An answer whose headers have come. `chunks` counts in the slot what waits, and what came of the engine's work.
+
+    Errors, lists and metrics are no work: vLLM's front end answers them while its engine hangs.
+    """
 
     def __init__(self, inner: aiohttp.ClientResponse, slot: Slot) -> None:
         self._inner = inner
         self._slot = slot
+        self._is_work = inner.method == "POST" and inner.status < 300
         self.status = inner.status
         self.content_type = inner.content_type
         self.content_length = inner.content_length
@@ -44,16 +48,17 @@ class Response:
         """The body as it comes, undecoded. Raises EngineUnavailable when it breaks off."""
         slot, content = self._slot, self._inner.content
         while True:
-            slot.add("waiting")
+            ticket = slot.begin_wait()
             try:
                 chunk = await content.readany()
             except (aiohttp.ClientError, OSError) as error:
                 raise _broken() from error
             finally:
-                slot.add("waiting", -1)
+                slot.end_wait(ticket)
             if not chunk:
                 return
-            slot.add("chunks")
+            if self._is_work:
+                slot.add("chunks")
             yield chunk
 
     async def read(self, limit: int | None = None) -> bytes:
@@ -111,7 +116,7 @@ class Pool:
         data = body.stream() if isinstance(body, Body) else body
         target = URL(url, encoded=True)
         started = time.monotonic()
-        self._slot.add("waiting")
+        ticket = self._slot.begin_wait()
         try:
             async with asyncio.timeout(timeout):
                 inner = await self._session.request(
@@ -126,7 +131,7 @@ class Pool:
         except aiohttp.ClientError as error:
             raise _broken() from error
         finally:
-            self._slot.add("waiting", -1)
+            self._slot.end_wait(ticket)
         return Response(inner, self._slot)
 
     def enter(self) -> None:

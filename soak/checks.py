@@ -37,13 +37,15 @@ class Check:
 
 
 def checks(run: Run) -> list[Check]:
-    """All checks that this run can be held against."""
+    """All checks that this run can be held against; of one that never had any load, that alone."""
+    if not run.load_ended:
+        return [_ran(run)]
     found = [_ran(run), _answered(run.asked, run.entries), _rows(run.entries), _named(run.entries)]
     found += [_undisturbed(run.entries), *_saturated(run)] if run.plan.control else _disturbed(run)
     found.append(_for_somebody(run.gauges))
     if run.load_ended - run.ready >= JUDGED_AFTER:
         found += _grown(lives(run.processes))
-    return [*found, *_ended(run)]
+    return found if run.failure else [*found, *_ended(run)]
 
 
 def _ran(run: Run) -> Check:

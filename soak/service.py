@@ -85,7 +85,7 @@ class Target:
         self._output = output
         self._environ = environ or {}
         # Short, because a unix socket's path has at most 107 bytes.
-        self._folder = tempfile.TemporaryDirectory(prefix="vds-", dir="/tmp")
+        self._folder = tempfile.TemporaryDirectory(prefix="vds-", dir="/tmp", ignore_cleanup_errors=True)
         self._scratch = Path(self._folder.name)
         self.key = "soak-0"
         """The key that clients use; `write_keys` says which are accepted."""

@@ -165,6 +165,11 @@ def test_a_run_too_short_to_judge_growth_is_not_failed_for_it() -> None:
     assert failed(made) == []
 
 
+def test_a_run_without_any_load_says_that_alone() -> None:
+    made = Run(run(control=False).plan, failure="the service does not get ready")
+    assert [(check.found, check.passed) for check in checks(made)] == [("the service does not get ready", False)]
+
+
 def test_the_report_says_what_failed_and_with_which_seed() -> None:
     made = run(control=False)
     assert "**Passed**" in report(made, checks(made))

@@ -8,6 +8,7 @@ import http.client
 import http.server
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -262,6 +263,29 @@ def test_a_service_keeps_its_secrets_whatever_its_hook_and_engine_say(scene: Any
     assert service.exit_code(15) == 0
     assert "Engine restarted" in events.titles
     shown.search()
+
+
+def test_a_crash_leaves_no_memory_in_a_file(scene: Any) -> None:
+    """Keys are in the memory of every process of ours, and core files are on by default on many machines."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    if hard == 0:
+        pytest.skip("this machine allows no core files")
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    try:
+        shown: Scene = scene()
+        shown.wait_ready(restarts=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+    service = shown.service
+    for pid in service.processes():
+        limit = next(line for line in of_process(pid, "limits").splitlines() if line.startswith("Max core file size"))
+        assert limit.split()[4] == "0", of_process(pid, "cmdline")
+    worker = next(pid for pid in service.processes() if "gateway.worker" in of_process(pid, "cmdline"))
+    for pid in (worker, service.launch().pid):
+        assert Path(f"/proc/{pid}/cwd").resolve().is_relative_to(shown.scratch)  # a core file goes there by default
+        os.kill(pid, signal.SIGSEGV)
+    shown.wait_ready(restarts=1)
+    assert [path for path in files_below(shown.scratch) if path.name.startswith("core")] == []
 
 
 @pytest.mark.parametrize(("how", "code"), [("hook", 78), ("engine", 70)])

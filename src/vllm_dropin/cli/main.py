@@ -32,6 +32,7 @@ _INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code of the process (errors.py lists them); usage errors exit 2."""
+    _leave_no_core_files()
     words, engine_args = split_engine_args(list(sys.argv[1:] if argv is None else argv))
     args = _parse(words)
     args.engine_args = engine_args
@@ -48,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left (`| head`). Python would complain once more at exit.
         sys.stderr.close()
         return 1
+
+
+def _leave_no_core_files() -> None:
+    """Of us and of all that we start: keys and prompts are in that memory, and an engine's takes minutes to write."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -124,7 +124,7 @@ def _disturbed(run: Run) -> list[Check]:
         Check("faults that were not taken well", _joined(problems), "none", not problems),
         _within("ready was last answered after a kill", [fault.last_ready for fault in killed], UNREADY_WITHIN),
         _within("ready was last answered after a stop", [fault.last_ready for fault in stopped], hang),
-        _within("ready again after kill or stop", [fault.ready_again for fault in faults], READY_WITHIN),
+        _within("from not ready to ready again", [fault.away for fault in faults], READY_WITHIN),
         Check(
             "restarts of the engine", str(run.ending.restarts), f"{asked}, as asked for", run.ending.restarts == asked
         ),

@@ -46,6 +46,11 @@ class Happened:
     note: str = ""
     problem: str = ""
 
+    @property
+    def away(self) -> float | None:
+        """Seconds for which the service said that it was not ready."""
+        return None if self.ready_again is None or self.last_ready is None else self.ready_again - self.last_ready
+
 
 class Faults:
     """Injects faults; one at a time."""

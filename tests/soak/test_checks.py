@@ -21,7 +21,7 @@ from soak.verdicts import Outcome, Verdict
 READY, END = 60.0, 60.0 + JUDGED_AFTER + 300.0
 QUIET = dict.fromkeys(OURS, 0)
 KILL = Happened(Kind.KILL_CORE, 200.0, 240.0, last_ready=0.2, ready_again=35.0)
-STOP = Happened(Kind.STOP_CORE, 300.0, 360.0, last_ready=28.0, ready_again=60.0)
+STOP = Happened(Kind.STOP_CORE, 300.0, 360.0, last_ready=28.0, ready_again=140.0)
 FAILED_ROW = Verdict(Outcome.ANSWERED, "row 1: the engine crashed on this row", rows=4, failed_rows=1, named=3)
 WORKER = Happened(Kind.KILL_WORKER, 400.0, 401.0)
 
@@ -86,7 +86,7 @@ def test_a_good_run_passes(control: bool) -> None:
         (lambda run: run.faults.append(replace(WORKER, problem="no other worker 0")), "faults that were not"),
         (lambda run: run.faults.__setitem__(0, replace(KILL, last_ready=1.2)), "ready was last answered after a kill"),
         (lambda run: run.faults.__setitem__(1, replace(STOP, last_ready=36.0)), "ready was last answered after a stop"),
-        (lambda run: run.faults.__setitem__(0, replace(KILL, ready_again=130.0)), "ready again"),
+        (lambda run: run.faults.__setitem__(0, replace(KILL, ready_again=130.0)), "from not ready"),
         (lambda run: setattr(run.ending, "restarts", 3), "restarts of the engine"),
         (lambda run: setattr(run, "told", 1), "restarts that the platform"),
         (lambda run: setattr(run, "told", 3), "restarts that the platform"),

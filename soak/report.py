@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.report import machine
@@ -13,6 +14,7 @@ from soak.checks import Check
 from soak.growth import Life, lives
 from soak.ledger import Entry
 from soak.record import Run
+from soak.sampler import PROBE_EVERY, Probe
 from soak.verdicts import Outcome
 
 ROOT = Path(__file__).parent.parent
@@ -45,10 +47,17 @@ def _facts(run: Run) -> str:
         f"Load for {(run.load_ended - run.ready) / 60:.1f} minutes, seed {plan.seed}, commit {_commit()}.",
         f"{host['cores']} cores ({host['cpu']}), {memory} GiB, Python {host['python']}, "
         f"vLLM {_engine_version(options.engine_python)}, examples/smollm2.",
+        f"The soak itself stood still for {longest_stall(run.probes):.1f} s at most: no time below is more exact than that.",
         f"--hang-timeout {options.hang_timeout}, --workers {options.workers}, "
         f"--max-in-flight {options.max_in_flight}, --max-queue {options.max_queue}.",
     )
     return "\n".join(lines)
+
+
+def longest_stall(probes: Sequence[Probe]) -> float:
+    """Seconds by which the soak's own probes came late at worst: what a busy machine took from it, not the service."""
+    late = (after.sent - before.answered - PROBE_EVERY for before, after in pairwise(probes))
+    return max(late, default=0.0)
 
 
 def _cells(check: Check) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from soak.faults import Happened
 from soak.growth import JUDGED_AFTER
 from soak.ledger import Entry
 from soak.record import Ending, Plan, Run
-from soak.report import report
+from soak.report import longest_stall, report
 from soak.sampler import OURS, Gauges, Probe, Process
 from soak.schedule import Kind
 from soak.service import Options
@@ -178,3 +178,10 @@ def test_the_report_says_what_failed_and_with_which_seed() -> None:
     assert "**FAILED: restarts of the engine**" in page
     assert "seed 7" in page
     assert "| 140 | SIGKILL of the engine core | 0.20 | 35.0 |" in page
+
+
+def test_the_longest_stall_is_the_soaks_own() -> None:
+    """A slow answer is the service's; a probe that is sent late is not."""
+    probes = [Probe(0.0, 3.0, 200), Probe(3.2, 3.3, 200), Probe(39.5, 39.6, 200)]
+    assert longest_stall(probes) == pytest.approx(36.0)
+    assert longest_stall([]) == 0.0

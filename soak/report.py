@@ -47,7 +47,7 @@ def _facts(run: Run) -> str:
         f"Load for {(run.load_ended - run.ready) / 60:.1f} minutes, seed {plan.seed}, commit {_commit()}.",
         f"{host['cores']} cores ({host['cpu']}), {memory} GiB, Python {host['python']}, "
         f"vLLM {_engine_version(options.engine_python)}, examples/smollm2.",
-        f"The soak itself stood still for {longest_stall(run.probes):.1f} s at most: no time below is more exact than that.",
+        f"The soak itself stood still for {longest_stall(run.probes):.1f} s at most: no time is more exact.",
         f"--hang-timeout {options.hang_timeout}, --workers {options.workers}, "
         f"--max-in-flight {options.max_in_flight}, --max-queue {options.max_queue}.",
     )

@@ -59,8 +59,9 @@ RESPONSE_ROUTES: dict[str, frozenset[str]] = {
 }
 _RESPONSE = re.compile(r"/v1/responses/resp[A-Za-z0-9_-]{1,128}(/cancel)?")  # `render` is a route of vLLM, no id
 CHAT_PATH = "/v1/chat/completions"
-# Those that take `n`. Audio requests have it in their form, where the engine itself bounds it (supervisor).
-_COUNTED = frozenset({CHAT_PATH, "/v1/completions"})
+# Those whose bodies are read for their bounds. Audio requests have `n` in their form, where the engine bounds it itself
+# (supervisor).
+_BOUNDED = frozenset({CHAT_PATH, "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"})
 
 _REQUEST_HEADERS = (
     "content-type", "accept", "traceparent", "tracestate", "anthropic-version", "anthropic-beta",
@@ -142,7 +143,7 @@ class Forwarder:
             chat = None
             if to.chat:
                 chat = prepare_chat(body.read(), self._config, await self._served.name(), self._max_model_len())
-            elif request.method == "POST" and to.path in _COUNTED:
+            elif request.method == "POST" and to.path in _BOUNDED:
                 read_request(body.read(), limits.max_n)
             work = self._admitted(request, to, body, chat) if generates else self._exchange(request, to, None, None)
             await while_connected(request.receive, work)

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_dropin import __version__
 from vllm_dropin.gateway.access import PUBLIC
-from vllm_dropin.gateway.chat import LONGEST_ID, MOST_PROMPTS
+from vllm_dropin.gateway.chat import LONGEST_ID, MOST_MEMBERS
 from vllm_dropin.gateway.config import GatewayConfig, SettingReport
 from vllm_dropin.gateway.state import Status
 
@@ -273,7 +273,7 @@ def _schemas(max_n: int) -> dict[str, Schema]:
         ),
         "CompletionRequest": _fields(
             ["prompt"],
-            prompt={"anyOf": [_TEXT, _array(_TEXT, minItems=1, maxItems=MOST_PROMPTS)]},
+            prompt={"anyOf": [_TEXT, _array(_TEXT, minItems=1, maxItems=MOST_MEMBERS)]},
             model={"type": ["string", "null"]},
             stream={"type": ["boolean", "null"]},
             n=several,

@@ -10,6 +10,7 @@ import pytest
 
 from vllm_dropin.logging import REDACTOR
 from vllm_dropin.supervisor.process import GUARDIAN, LINE_LIMIT, ExitStatus, GuardedProcess, read_lines
+from vllm_dropin.supervisor.stacks import write_stacks
 
 # An engine that ignores SIGTERM and has a child and an orphaned grandchild, all printing their pids.
 STUBBORN = """
@@ -102,6 +103,41 @@ def test_what_a_dead_engine_left_behind_is_killed():
     status, pids = asyncio.run(scenario())
     assert status.code == -signal.SIGKILL
     assert not [pid for pid in pids if alive(pid)]
+
+
+SHARING = """
+import os, time
+from multiprocessing import shared_memory
+memory = shared_memory.SharedMemory(create=True, size=1000)
+os.write(1, f"shares /dev/shm/{memory.name}\\n".encode())
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "hangs", "ended by us"])
+def test_shared_memory_goes_with_the_engine(how):
+    """A tracker of Python's removes it when its owner is dead, if it is left the time."""
+
+    async def scenario():
+        lines: list[str] = []
+        process = await start(SHARING, lines)
+        while not lines:
+            await asyncio.sleep(0.02)
+        path = Path(lines[0].split()[1])
+        assert path.exists()
+        began = time.monotonic()
+        if how == "killed":
+            os.kill(process.pid, signal.SIGKILL)
+            await asyncio.wait_for(process.wait(), 10)
+        else:
+            if how == "hangs":
+                await write_stacks(process)
+            await asyncio.wait_for(process.kill(), 10)
+        return path, time.monotonic() - began
+
+    path, took = asyncio.run(scenario())
+    assert not path.exists()
+    assert took < 2
 
 
 def test_kill_ends_the_whole_session():

@@ -14,6 +14,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+from vllm_dropin.children.guardian import is_tracker
 from vllm_dropin.logging import REDACTOR, get
 from vllm_dropin.supervisor.process import GuardedProcess
 
@@ -34,8 +35,8 @@ async def write_stacks(process: GuardedProcess) -> None:
     deadline = clock() + ALL_WRITE
     # One at a time, or their words are mixed; the first process last: at its end the guardian kills the others.
     for pid in reversed(pids):
-        if clock() > deadline or not _abort(pid):
-            continue
+        if clock() > deadline or is_tracker(pid) or not _abort(pid):
+            continue  # a tracker has shared memory to remove, and is not what hangs
         for _ in range(round(ONE_WRITES / STEP)):
             if process.ended or not describe(pid):
                 break

@@ -77,9 +77,9 @@ ROWS = (
     Row(
         4,
         "The engine hangs, and its /health says 200",
-        "Requests wait to read from it and nothing moves for 120 s (`--hang-timeout`; the tests use 10 and 2): the "
-        "stacks of each of its processes are logged, then it is killed and started again",
-        "unready ≤ 1.5 times `--hang-timeout`",
+        "Somebody waits for it and none of its own counters moves for 120 s (`--hang-timeout`; the tests use 10 and 2): "
+        "the stacks of each of its processes are logged, then it is killed and started again",
+        "unready ≤ 1.5 times `--hang-timeout` + 2 s",
         (
             *tests("faults", real_engine="the_core_is_stopped"),
             *tests("supervisor", service="a_hanging_engine_is_killed_and_started_again", hang="", stacks=""),
@@ -241,6 +241,8 @@ ROWS = (
         (
             *tests("gateway", overload="",
                    forward="overload_is_429_at_once a_refusal_comes_within_milliseconds"),
+            *tests("gateway", predictions="no_more_requests_at_once_than_there_is_memory_for"),
+            *tests("settings", resolve="as_many_requests_as_the_engine_runs_and_half_as_many_waiting"),
         ),
     ),
     Row(
@@ -248,7 +250,7 @@ ROWS = (
         "Headers and bodies that trickle",
         "Cut off at a limit that is documented; a good client does not notice",
         "good client < 1 s",
-        tests("gateway", abuse="tricklers_are_cut_off_and_a_good_client_does_not_notice",
+        tests("gateway", abuse="tricklers_are_cut_off_and_a_good_client_does_not_notice", connections="",
               routes="half_a_header_is_cut_off", limits="a_slow_body_is_408",
               tls="clients_that_never_finish_their_handshake_keep_nobody_out"),
     ),
@@ -271,15 +273,23 @@ ROWS = (
         "An error that repeats its input",
         "Bounded, and without the input",
         "≤ 16 KiB",
-        tests("gateway", abuse="no_error_is_longer_than_16_kib",
-              forward="engine_errors_are_bounded the_input_is_not_echoed", openai="the_input_is_not_repeated"),
+        (
+            *tests("gateway", abuse="no_error_is_longer_than_16_kib",
+                   forward="engine_errors_are_bounded the_input_is_not_echoed", openai="the_input_is_not_repeated"),
+            *tests("e2e", abuse="twelve_thousand_errors_are_one_short_answer"),
+        ),
     ),
     Row(
         22,
         "A request that is poison: n = 16,384, a regular expression that kills",
-        "Bounded at the gateway (`--max-n`, 8 by default)",
-        "the engine is not asked",
-        tests("gateway", abuse="completions_are_bounded_by_every_door the_bound_is_the_folders_to_raise"),
+        "Numbers and lists are bounded at the gateway (`--max-n`, 8 by default); what has killed vLLM elsewhere leaves "
+        "the engine alive",
+        "n > 8: the engine is not asked",
+        (
+            *tests("gateway", abuse="completions_are_bounded_by_every_door the_bound_is_the_folders_to_raise "
+                   "a_list_is_bounded_by_every_door"),
+            *tests("e2e", abuse="poison_leaves_the_engine_alive"),
+        ),
     ),
     Row(
         23,
@@ -347,7 +357,7 @@ ROWS = (
         "All but the six probes ask for it",
         "every route by every method",
         tests("gateway", doors="every_route_has_its_line nothing_but_the_probes_answers_without_a_key "
-              "no_header_but_the_right_key_opens"),
+              "no_header_but_the_right_key_opens", engine_routes="each_is_401_without_a_key"),
     ),
     Row(
         29,
@@ -363,6 +373,7 @@ ROWS = (
         "Refused unless on a list of inference and reading; media are fetched from nowhere unless hosts are listed",
         "every route of the installed vLLM",
         (
+            *tests("e2e", abuse="only_the_allow_list_of_the_running_engine_can_be_reached"),
             *tests("gateway", engine_routes="", routes="everything_else_is_404_and_reaches_no_engine",
                    openai="the_engines_other_routes_are_not_listed"),
             *tests("settings", engine="no_remote_media_unless_hosts_are_listed"),

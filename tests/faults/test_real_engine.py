@@ -130,7 +130,7 @@ def one_restart(service: Service, platform: Events, row: int, what: str) -> Iter
     begin = time.monotonic()
     yield
     service.wait_for(lambda: status(service)["engine"]["restarts"] == before["restarts"] + 1, 20, "no restart")
-    assert gone(pids)
+    service.wait_for(lambda: gone(pids), 10, "processes are left")
     service.wait_for(lambda: status(service)["engine"]["pid"] not in (before["pid"], None), 15, "not started")
     started = time.monotonic() - begin
     service.wait_ready(READY)
@@ -212,7 +212,7 @@ def test_the_core_is_stopped(service: Service, platform: Events) -> None:
         os.kill(core, signal.SIGSTOP)
         seconds = until_unready(service, time.monotonic())
         record(4, f"SIGSTOP of the core to unready, --hang-timeout {HANG_TIMEOUT:g}", seconds)
-        assert HANG_TIMEOUT <= seconds < 1.5 * HANG_TIMEOUT
+        assert HANG_TIMEOUT <= seconds < 1.5 * HANG_TIMEOUT + 2
     load.was_told_the_truth()
     log = service.output()
     dumped = log[log.index("nothing has moved in it for 10 s") :]

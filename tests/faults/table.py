@@ -77,8 +77,8 @@ ROWS = (
     Row(
         4,
         "The engine hangs, and its /health says 200",
-        "Somebody waits for it and none of its own counters moves for 120 s (`--hang-timeout`; the tests use 10 and 2): "
-        "the stacks of each of its processes are logged, then it is killed and started again",
+        "Somebody waits and none of its own counters moves for 120 s (`--hang-timeout`; the tests use 10 and 2): the "
+        "stacks of each of its processes are logged, then it is killed and started again",
         "unready ≤ 1.5 times `--hang-timeout` + 2 s",
         (
             *tests("faults", real_engine="the_core_is_stopped"),

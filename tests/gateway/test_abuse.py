@@ -195,6 +195,25 @@ def test_a_list_is_bounded_by_every_door(front: GatewayProcess, door: str, path:
     assert front.engine.stats()["started"] == before + 1
 
 
+@pytest.mark.parametrize("deeper", [1, 2])
+def test_the_lists_within_a_list_are_bounded_together(front: GatewayProcess, deeper: int) -> None:
+    """A million wrong parts of one input item are as bad as many wrong items."""
+    before = front.engine.stats()["started"]
+
+    def body(count: int) -> dict[str, Any]:
+        parts: Any = [{}] * count
+        for _ in range(deeper):
+            parts = {"content": parts}
+        return {"input": [parts, parts]}
+
+    status, _, answer = front.post("/v1/responses", body(4097))
+    assert (status, b"the lists within input may have at most 8192 members together" in answer) == (400, True)
+    assert front.engine.stats()["started"] == before
+    front.post("/v1/responses", body(4095))
+    front.post("/v1/completions", {"prompt": [[1] * 5000, [2] * 5000]})  # prompts as numbers of tokens
+    assert front.engine.stats()["started"] == before + 2
+
+
 @pytest.mark.parametrize("number", SMALL_NUMBERS)
 def test_what_is_no_number_above_the_bound_is_the_engines_to_judge(front: GatewayProcess, number: Any) -> None:
     before = front.engine.stats()["started"]

@@ -13,6 +13,7 @@ from vllm_dropin.gateway.splice import association_member
 from vllm_dropin.scoring.prompts import GenerationDefaults
 
 MOST_MEMBERS = 2048  # of a list in a request: OpenAI's own bound on the length of its arrays
+MOST_WITHIN = 8192  # of all lists within such a list, together
 LONGEST_ID = 1024  # characters of an association id: it is repeated in every chunk of a stream
 GREEDY = 1e-5  # vLLM takes a temperature below this as 0
 
@@ -51,8 +52,9 @@ def read_request(raw: bytes, most: int) -> dict[str, Any]:
     """The fields of a request that generates, within its bounds (failure mode 22).
 
     Raises HttpError 400 when it is not a JSON object, asks for more than `most` completions of a prompt, or has a list
-    of more than 2,048 members. Each prompt is a request to the engine, and for each wrong message, tool or input item
-    vLLM keeps up to 236 errors: 12,000 items of 27 bytes took 12.7 GB of it and got it killed.
+    of more than 2,048 members, or lists within one of more than 8,192 together. Each prompt is a request to the engine,
+    and for each wrong message, tool or input item vLLM keeps up to 236 errors: 12,000 items of 27 bytes took 12.7 GB of
+    it and got it killed.
     """
     try:
         body = json.loads(raw)
@@ -67,7 +69,25 @@ def read_request(raw: bytes, most: int) -> dict[str, Any]:
     for name, value in body.items():
         if isinstance(value, list) and len(value) > MOST_MEMBERS and not (name == "prompt" and _is_tokens(value)):
             raise HttpError(400, f"{name[:64]} may have at most {MOST_MEMBERS} members")
+        if _has_more_within(value, MOST_WITHIN):
+            raise HttpError(400, f"the lists within {name[:64]} may have at most {MOST_WITHIN} members together")
     return body
+
+
+def _has_more_within(value: object, most: int) -> bool:
+    """Whether the lists inside of a field have more members than that; numbers, of which prompts are made, are free."""
+    members = 0
+    inside: list[object] = [*value] if isinstance(value, list) else [value]
+    while inside:
+        item = inside.pop()
+        if isinstance(item, dict):
+            inside += [each for each in item.values() if isinstance(each, dict | list)]
+        elif isinstance(item, list):
+            members += sum(not isinstance(each, int) for each in item)
+            if members > most:
+                return True
+            inside += [each for each in item if isinstance(each, dict | list)]
+    return False
 
 
 def _is_tokens(prompt: list[object]) -> bool:

@@ -28,7 +28,7 @@ START_ATTEMPTS = 2
 """Starts that may fail before the engine was ever ready. The second is for what passes (GPU memory that a dying
 process still holds); a third would only hide a wrong configuration."""
 DEAD = "it reports itself dead"
-START_POLL, WATCH_POLL = 0.2, 0.5
+START_POLL, WATCH_POLL = 0.2, 0.25
 """Seconds between health checks: readiness is seen, and unreadiness shown, within a second."""
 
 

@@ -82,7 +82,7 @@ def flip(weights: Path) -> str:
     return "model.safetensors is corrupt"
 
 
-@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("damage", [cut, drop, flip])
 def test_damaged_weights(serve: Serve, tmp_path: Path, damage: Callable[[Path], str], real: bool) -> None:
     folder = make_folder(tmp_path / "model", weights=not real)

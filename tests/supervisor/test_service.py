@@ -230,6 +230,7 @@ def test_rows_wait_for_a_restart_and_chats_do_not(serve):
     assert [text.split()[-1] for text in results[0].json()["predictions"]] == [str(index) for index in range(8)]
 
 
+@pytest.mark.slow  # tests/gateway/test_predictions.py shows the same of a worker in less time
 def test_a_row_that_kills_the_engine_again_and_again_fails_alone(serve):
     """The stub dies of nothing by itself: the test kills it whenever the poisoned row is alone in it."""
     service = serve().wait_ready(20)

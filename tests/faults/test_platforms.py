@@ -81,7 +81,7 @@ def launch_after(service: Service) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_service_is_ready_and_warns(serve: Serve, endpoints: dict[str, dict[str, str]], kind: str) -> None:
     service = serve(environ=endpoints[kind]).wait_ready(20)
-    assert launch_after(service) < 1
+    assert launch_after(service) < 3  # of a busy machine; a silent endpoint would take longer by far
     if kind != "blackhole":
         service.wait_for(lambda: KINDS[kind] in service.output(), 5, "no warning")
     assert service.process

@@ -126,7 +126,7 @@ def test_a_thousand_half_headers_hinder_nobody(stage: Stage, many_descriptors: N
         assert resident_mebibytes(pid) - memory < 64
         wait_until(lambda: descriptors(pid) < open_before + 20)
     assert good.statuses == {200}
-    assert good.worst < 1
+    assert good.worst < 3
 
 
 def test_clients_beyond_the_descriptors_wait_and_cost_nothing(stage: Stage, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,8 @@ KEY = "soak-batch"
 """A key of its own, which is always accepted: `score` reads its key once."""
 ROWS = 100
 AT_ONCE = 4
+AWAY, AGAIN = 74, 3
+"""The exit code of `score` when the server does not answer, and how often it is started again then."""
 LIMIT = 900.0
 """Seconds for one file."""
 
@@ -42,6 +45,13 @@ class Batches:
         started = self._events.now
         with self._ledger.asking("score", AT_ONCE):
             code, words = await self._command(source, output)
+            for _ in range(AGAIN):
+                if code != AWAY:
+                    break
+                # What it says itself: every answered row is kept, give the same command again.
+                code, words = await self._command(source, output)
+        if code:
+            shutil.rmtree(f"{output}.partial", ignore_errors=True)  # or the next file would be refused for this one
         if code:
             verdict = Verdict(Outcome.WRONG, f"score ended with {code}: {words[-300:]}")
         else:

@@ -22,6 +22,7 @@ from vllm_dropin.supervisor.runtime import RuntimeFolder
 from vllm_dropin.supervisor.supervisor import prepare_state_dir, watch_upstream
 
 _LOOK_TIMEOUT = 2.0
+_FIRST_TIMEOUT = 30.0  # a busy server may need long for its first answer; one that is not there says so at once
 _READY_POLL = 0.1
 
 
@@ -119,7 +120,7 @@ async def _keep(settings: Settings, runtime: RuntimeFolder, state: SharedState, 
 async def _follow(settings: Settings, url: str, client: EngineClient, state: SharedState, board: PhaseBoard) -> None:
     """Check that the upstream lets us in, then follow its health."""
     try:
-        async with client.request("GET", "/v1/models", timeout=_LOOK_TIMEOUT) as response:
+        async with client.request("GET", "/v1/models", timeout=_FIRST_TIMEOUT) as response:
             status = response.status
     except (EngineUnavailable, TimeoutError):
         raise EngineAwayError(f"{url} does not answer", "Check the URL, and that its server runs.") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vllm_dropin import children
-from vllm_dropin.children.guardian import descendants
+from vllm_dropin.children.guardian import descendants, is_tracker
 from vllm_dropin.errors import EngineError
 from vllm_dropin.logging import REDACTOR, get
 
@@ -75,9 +75,13 @@ def _say(line: str, on_line: Callable[[str], None]) -> None:
 
 
 def kill_session(session: int) -> None:
-    """SIGKILL every process of a session: the way out when the guardian itself is dead."""
+    """SIGKILL every process of a session: the way out when the guardian itself is dead.
+
+    But for Python's trackers, which remove the shared memory of the dead and then end by themselves.
+    """
     killed: set[int] = set()
-    while found := _members(session) - killed:  # again until no new one is found: one may fork while we look
+    # again until no new one is found: one may fork while we look
+    while found := {pid for pid in _members(session) - killed if not is_tracker(pid)}:
         for pid in found:
             with contextlib.suppress(OSError):  # it ended meanwhile
                 os.kill(pid, signal.SIGKILL)

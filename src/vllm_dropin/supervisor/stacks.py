@@ -27,16 +27,22 @@ ONE_WRITES, ALL_WRITE = 0.5, 5.0
 
 async def write_stacks(process: GuardedProcess) -> None:
     """Log what each process of an engine waits for, then let it write its Python stacks, which ends it."""
-    pids = process.family()
-    for pid in pids:
+    family = process.family()
+    for pid in family:
         if line := describe(pid):
             log.error("%s", REDACTOR.hide(line))
+    # A tracker has shared memory to remove, and is not what hangs. The others stand still until it is their turn: those
+    # of vLLM kill all that they find when one of them dies, the tracker and who has not written yet.
+    pids = [pid for pid in family if not is_tracker(pid)]
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGSTOP)
     clock = asyncio.get_running_loop().time
     deadline = clock() + ALL_WRITE
     # One at a time, or their words are mixed; the first process last: at its end the guardian kills the others.
     for pid in reversed(pids):
-        if clock() > deadline or is_tracker(pid) or not _abort(pid):
-            continue  # a tracker has shared memory to remove, and is not what hangs
+        if clock() > deadline or not _abort(pid):
+            continue
         for _ in range(round(ONE_WRITES / STEP)):
             if process.ended or not describe(pid):
                 break

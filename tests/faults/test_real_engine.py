@@ -208,12 +208,15 @@ def test_the_api_server_is_killed(service: Service, platform: Events) -> None:
 def test_the_core_is_stopped(service: Service, platform: Events) -> None:
     """A stopped process can dump its stacks: SIGABRT waits for it, and SIGCONT follows."""
     core = named(service, "EngineCore")
+    shared = {word for word in Path(f"/proc/{core}/maps").read_text().split() if word.startswith("/dev/shm/psm_")}
+    assert shared
     with Load(service) as load, one_restart(service, platform, 4, "SIGSTOP of the core"):
         os.kill(core, signal.SIGSTOP)
         seconds = until_unready(service, time.monotonic())
         record(4, f"SIGSTOP of the core to unready, --hang-timeout {HANG_TIMEOUT:g}", seconds)
         assert HANG_TIMEOUT <= seconds < 1.5 * HANG_TIMEOUT + 2
     load.was_told_the_truth()
+    assert [path for path in shared if Path(path).exists()] == []
     log = service.output()
     dumped = log[log.index("nothing has moved in it for 10 s") :]
     assert f"process {core} (VLLM::EngineCore): state T (stopped)" in dumped

@@ -367,11 +367,12 @@ def test_a_dead_gateway_worker_is_replaced_within_a_second(serve):
     service = serve("--workers", "2").wait_ready(20)
 
     def workers() -> set[int]:
-        return {
-            pid
-            for pid in service.processes()
-            if b"vllm_dropin.gateway.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        }
+        found = set()
+        for pid in service.processes():
+            with contextlib.suppress(OSError):  # it ended while we looked
+                if b"vllm_dropin.gateway.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.add(pid)
+        return found
 
     first = workers()
     assert len(first) == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +16,7 @@ from packaging.utils import canonicalize_name
 from scripts import audit
 
 from tests.contract.drivers import free_port
+from tests.serving import serving
 
 ROOT = Path(__file__).parents[1]
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
@@ -81,12 +81,8 @@ class _Query(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def database() -> Iterator[Database]:
-    with Database() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    with serving(Database()) as server:
         yield server
-        server.shutdown()
-        thread.join(10)
 
 
 def written(folder: Path, **locks: list[str]) -> list[Path]:

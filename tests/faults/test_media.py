@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from tests.cli.test_main import SCRIPT
 from tests.e2e.conftest import EXAMPLE
+from tests.serving import serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -62,13 +62,8 @@ class Pictures(http.server.ThreadingHTTPServer):
 
 @pytest.fixture
 def pictures() -> Iterator[Pictures]:
-    server = Pictures()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Pictures()) as server:
+        yield server
 
 
 def test_media_are_fetched_from_nowhere_unless_hosts_are_listed(pictures: Pictures, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.e2e.test_rows import as_csv
 from tests.e2e.test_survival import LONG_STREAM, engine_pids
 from tests.faults.conftest import Events
 from tests.faults.figures import record
+from tests.serving import serving
 from tests.supervisor.test_service import gone, status
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -35,13 +36,8 @@ MEMORY = Path("/sys/fs/cgroup/memory")
 
 @pytest.fixture(scope="module")
 def platform() -> Iterator[Events]:
-    server = Events()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Events()) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

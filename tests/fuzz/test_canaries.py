@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tests.conftest import Stage
 from tests.contract.drivers import Engine, Ours, Service, envelopes, free_port, start
 from tests.contract.folders import make_folder
 from tests.fuzz import leaky
+from tests.serving import serving
 
 BESIDE = str(Path(leaky.__file__).parent)
 
@@ -117,13 +117,8 @@ class Events(http.server.ThreadingHTTPServer):
 
 @pytest.fixture
 def events() -> Iterator[Events]:
-    server = Events()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Events()) as server:
+        yield server
 
 
 class OursWithSecrets(Ours):

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,6 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: applicat
 KEY = b"Authorization: Bearer the-key\r\n"
 HUGE_NUMBERS: list[Any] = [9, 16384, 10**30, "16384", " 9 ", "9.0", 9.0, 1e300]
 SMALL_NUMBERS: list[Any] = [None, 1, 8, "8", 8.0, "many", []]
-
-
-@pytest.fixture(scope="module")
-def staged() -> Iterator[Stage]:
-    made = Stage()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,6 @@ IDLE = 0.6  # seconds
 
 
 @pytest.fixture(scope="module")
-def staged() -> Iterator[Stage]:
-    made = Stage()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def brisk(staged: Stage) -> GatewayProcess:
     return staged.gateway(limits={"idle_timeout": IDLE})
 

@@ -151,13 +151,6 @@ class Line:
         self._socket.close()
 
 
-@pytest.fixture(scope="module")
-def staged() -> Iterator[Stage]:
-    made = Stage()
-    yield made
-    made.close()
-
-
 @pytest.fixture(scope="module", params=["", "/deploy/a"])
 def guarded(request: Any, staged: Stage) -> GatewayProcess:
     """A gateway with a key, at the root or under a prefix, in front of an engine that counts what reaches it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import uuid
-from typing import Any
 
 import pytest
 
@@ -21,13 +20,6 @@ CSV = b"promptText\nhello\n"
 def message(body: bytes) -> str:
     text: str = json.loads(body)["message"]
     return text
-
-
-@pytest.fixture(scope="module")
-def staged() -> Any:
-    made = Stage()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import wait_until
+from tests.serving import serving
 from tests.supervisor.test_renewal import Serving
 
 KEPT = "keys and certificate stay as they were"
@@ -62,12 +63,8 @@ class _Asked(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def upstream() -> Iterator[Upstream]:
-    with Upstream() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    with serving(Upstream()) as server:
         yield server
-        server.shutdown()
-        thread.join(10)
 
 
 def chat(port: int) -> int:

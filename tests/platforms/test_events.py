@@ -8,7 +8,6 @@ import logging
 import socket
 import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tests.serving import serving
 from vllm_dropin.model.secret import Secret
 from vllm_dropin.platforms import events
 from vllm_dropin.platforms.events import StatusReporter
@@ -84,14 +84,8 @@ def serve(tls: ssl.SSLContext | None = None) -> Iterator[Platformlike]:
     if tls is not None:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
     platform.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}/api/v2"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(server):
         yield platform
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.serving import serving
 
 BLOCK = 1 << 20
 
@@ -137,11 +138,5 @@ def serve(repos: dict[str, Repo]) -> Iterator[FakeHub]:
     hub = FakeHub(f"http://127.0.0.1:{server.server_address[1]}", repos)
     server.RequestHandlerClass = type("BoundHandler", (Handler,), {"hub": hub})
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with serving(server):
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -22,6 +22,7 @@ import pytest
 from tests.contract.drivers import Engine, Ours, Service, free_port, start
 from tests.contract.folders import make_folder
 from tests.faults.figures import record
+from tests.serving import serving
 
 Start = Callable[..., Service]
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
@@ -91,13 +92,8 @@ class Events(http.server.ThreadingHTTPServer):
 
 @pytest.fixture
 def events() -> Iterator[Events]:
-    server = Events()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Events()) as server:
+        yield server
 
 
 def status(service: Service) -> dict:

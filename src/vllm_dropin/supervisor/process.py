@@ -70,7 +70,7 @@ def _say(line: str, on_line: Callable[[str], None]) -> None:
     for at in range(0, len(text), LINE_LIMIT):
         try:
             on_line(text[at : at + LINE_LIMIT])
-        except Exception:
+        except Exception:  # whatever a caller's handler raises: the pipe must be read on, or the child blocks on it
             log.exception("a line of a child's output could not be handled")
 
 

@@ -132,11 +132,12 @@ def test_sigterm_with_open_streams(real_service):
     service.wait_for(lambda: begun == [200] * 8, 30, "not all streams have begun")
     for _ in range(3):
         service.process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    told = time.monotonic()
+    service.wait_for(lambda: httpx2.get(f"{service.url}/readyz").status_code == 503, 3, "it is still ready")
+    record(13, "SIGTERM to unready, 8 streams", time.monotonic() - told)
     refused = httpx2.post(f"{service.url}/v1/chat/completions", json=LONG_STREAM)
     assert refused.status_code == 503
     assert json.loads(refused.content)["error"]
-    assert httpx2.get(f"{service.url}/readyz").status_code == 503
     for client in clients:
         client.join(60)
     assert len(ended) == 8

@@ -58,6 +58,15 @@ def test_the_last_line_stands_in_for_an_error():
     assert cause.line() == "going down"
 
 
+def test_an_error_of_long_ago_is_not_why_an_engine_dies_now():
+    cause = Cause(recent=0.2)
+    cause.read("ERROR 11-23 12:00:00 [serving.py:1] ValueError: a client's regular expression")
+    cause.read("INFO 11-23 12:00:01 [x.py:1] going down")
+    assert cause.line() == "ValueError: a client's regular expression"
+    time.sleep(0.3)
+    assert cause.line() == "going down"
+
+
 def test_a_long_line_costs_no_time():
     """The engine may print a whole prompt, and the supervisor's loop waits for this."""
     cause = Cause()

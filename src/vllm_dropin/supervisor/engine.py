@@ -30,6 +30,8 @@ process still holds); a third would only hide a wrong configuration."""
 DEAD = "it reports itself dead"
 START_POLL, WATCH_POLL = 0.2, 0.25
 """Seconds between health checks: readiness is seen, and unreadiness shown, within a second."""
+LAST_WORDS = 30.0
+"""Seconds before its death in which an engine that was ready may have said why."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class EngineKeeper:
                 self._ever_ready = True
                 models = await self._site.probe.models()
                 self._state.max_model_len = models.max_model_len if models else None
+                self._cause = Cause(recent=LAST_WORDS)
                 self._board.enter(Phase.READY)
                 sickness = await self._until_sick(end)
             ready_for = 0.0 if ready_at is None else clock() - ready_at

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from dataclasses import dataclass
 
 from vllm_dropin.gateway.state import Phase
@@ -52,10 +54,15 @@ def read_progress(line: str) -> Progress | None:
 
 
 class Cause:
-    """Remembers the most telling line of an engine's log, to be quoted when it dies."""
+    """Remembers the most telling line of an engine's log, to be quoted when it dies.
 
-    def __init__(self) -> None:
-        self._errors: list[str] = []
+    `recent`: seconds; older errors are not quoted. An engine that serves logs what was wrong with clients' requests,
+    which is neither why it dies nor for everybody to read.
+    """
+
+    def __init__(self, recent: float = math.inf) -> None:
+        self._recent = recent
+        self._errors: list[tuple[float, str]] = []
         self._last = ""
 
     def read(self, line: str) -> None:
@@ -65,7 +72,7 @@ class Cause:
             return
         self._last = text[:500]
         if match := _FATAL.search(text):
-            self._errors.append(match.group(1).strip()[:500])
+            self._errors.append((time.monotonic(), match.group(1).strip()[:500]))
             del self._errors[:-20]
 
     def line(self) -> str:
@@ -73,7 +80,8 @@ class Cause:
 
         vLLM's last error is nearly always the wrapper `Engine core initialization failed. See root cause above`.
         """
-        for error in self._errors:
-            if "See root cause above" not in error and "Engine core initialization failed" not in error:
+        since = time.monotonic() - self._recent
+        for at, error in self._errors:
+            if at >= since and "See root cause above" not in error and "Engine core initialization" not in error:
                 return error
         return self._last or "the engine said nothing"

@@ -71,7 +71,8 @@ ROWS = (
             *tests("faults", real_engine="the_api_server_is_killed"),
             *tests("faults", crashes="an_api_server_whose_worker_will_not_die"),
             *tests("supervisor", service="an_engine_that_dies_is_started_again",
-                   process="what_a_dead_engine_left_behind_is_killed a_dead_guardian_takes_the_engine_with_it"),
+                   process="what_a_dead_engine_left_behind_is_killed a_dead_guardian_takes_the_engine_with_it "
+                   "a_dead_guardian_is_noticed_although_its_pipes_stay_open"),
         ),
     ),
     Row(

@@ -45,7 +45,9 @@ def started(tmp_path_factory: pytest.TempPathFactory, platform: Events) -> Itera
     with pytest.MonkeyPatch.context() as patch:
         for name, value in platform.environ.items():
             patch.setenv(name, value)
-        flags = ("--hang-timeout", f"{HANG_TIMEOUT:g}", "--", "--distributed-executor-backend", "mp")
+        # The deaths of one after the other are not a crash loop, whose pauses would be in the figures.
+        flags = ("--hang-timeout", f"{HANG_TIMEOUT:g}", "--param", "max_watchdog_backoff_sec=1")
+        flags += ("--", "--distributed-executor-backend", "mp")
         service = start_example(tmp_path_factory.mktemp("faults"), *flags)
     yield service
     service.stop()

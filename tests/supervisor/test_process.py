@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.figures import record
 from vllm_dropin.logging import REDACTOR
 from vllm_dropin.supervisor.process import GUARDIAN, LINE_LIMIT, ExitStatus, GuardedProcess, read_lines
 from vllm_dropin.supervisor.stacks import write_stacks
@@ -188,6 +189,32 @@ def test_a_dead_guardian_takes_the_engine_with_it():
         return status.code, pids
 
     code, pids = asyncio.run(scenario())
+    assert code is None
+    assert until(lambda: not [pid for pid in pids if alive(pid)])
+
+
+def test_a_dead_guardian_is_noticed_although_its_pipes_stay_open():
+    """The engine holds their other ends here; once, the kernel did for nine seconds."""
+    held = """
+import os
+folder = f"/proc/{os.getppid()}/fd"
+held = [os.open(f"{folder}/{number}", os.O_WRONLY) for number in os.listdir(folder)]
+"""
+
+    async def scenario():
+        lines: list[str] = []
+        process = await start(held + STUBBORN, lines)
+        pids = await pids_in(lines, 3)
+        os.kill(process.guardian_pid, signal.SIGKILL)
+        killed = time.monotonic()
+        await asyncio.wait_for(process.fell.wait(), 10)
+        noticed = time.monotonic() - killed
+        status = await asyncio.wait_for(process.wait(), 10)
+        return noticed, status.code, pids
+
+    noticed, code, pids = asyncio.run(scenario())
+    record(3, "SIGKILL of the guardian, its pipes held open, to noticed", noticed)
+    assert noticed < 3  # 0.5 s and what a busy machine adds
     assert code is None
     assert until(lambda: not [pid for pid in pids if alive(pid)])
 

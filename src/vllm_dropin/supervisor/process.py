@@ -28,6 +28,10 @@ SECOND_TERM_AFTER = 3.0
 """Seconds: vLLM swallows a SIGTERM that comes while it loads; a second one works."""
 KILL_AFTER = 8.0
 """Seconds from the first SIGTERM after which the whole session is killed."""
+GUARDIAN_POLL = 0.25
+"""Seconds between looks at whether the guardian lives."""
+PF_EXITING = 0x4
+"""Of a process' flags in /proc: include/linux/sched.h."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,15 @@ def kill_session(session: int) -> None:
             with contextlib.suppress(OSError):  # it ended meanwhile
                 os.kill(pid, signal.SIGKILL)
         killed |= found
+
+
+def is_dying(pid: int) -> bool:
+    """Whether a process of ours has begun to exit, or is gone: its flags say so before its files are closed."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in "ZX" or bool(int(fields[6]) & PF_EXITING)
 
 
 def _members(session: int) -> set[int]:
@@ -198,19 +211,34 @@ class GuardedProcess:
         return process
 
     async def _watch(self) -> ExitStatus:
-        line = (await self._report.stream.readline()).split()
+        line = (await self._last_report()).split()
         self.fell.set()
+        if len(line) != 2:
+            kill_session(self.pid)
         await self._guardian.wait()
         self.guardians.discard(self.guardian_pid)
         self._report.close()
         self._drop_lifeline()
-        if len(line) != 2:
-            kill_session(self.pid)
         if self._log is not None:
             await asyncio.wait({self._log}, timeout=1.0)  # the last words are worth a moment
             self._log.cancel()
         self._output.close()
         return ExitStatus(os.waitstatus_to_exitcode(int(line[1])) if len(line) == 2 else None)
+
+    async def _last_report(self) -> bytes:
+        """What the guardian says of the engine's end; nothing when it is dead itself.
+
+        A dead guardian's end of the pipe may stay open: once, an exit was not through with its files for nine seconds,
+        in which the engine had nobody. So that it is dying is looked at too.
+        """
+        report = asyncio.create_task(self._report.stream.readline(), name="engine-report")
+        try:
+            while not report.done() and not (self._guardian.returncode is not None or is_dying(self.guardian_pid)):
+                await asyncio.wait({report}, timeout=GUARDIAN_POLL)
+            await asyncio.wait({report}, timeout=GUARDIAN_POLL)  # what it wrote before it died
+            return report.result() if report.done() else b""
+        finally:
+            report.cancel()
 
     async def wait(self) -> ExitStatus:
         """Wait for the end; by then the log has been read too."""

@@ -25,7 +25,7 @@ export VLLM_DROPIN_ENGINE_PYTHON
 .PHONY: help
 help:
 	@echo 'make serve           serve examples/smollm2 on http://$(ADDRESS)'
-	@echo 'make test            all tests but the slow ones, the real engine included (under 10 minutes on 2 cores)'
+	@echo 'make test            all tests but the slow ones, the real engine included (12 minutes on 2 cores)'
 	@echo 'make test-fast       the tests that need no engine'
 	@echo 'make test-slow       the tests that are left out of "make test"'
 	@echo 'make faults          the tests behind docs/reliability.md, whose table it measures (about 20 minutes)'

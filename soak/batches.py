@@ -44,15 +44,12 @@ class Batches:
         output.unlink(missing_ok=True)
         started = self._events.now
         with self._ledger.asking("score", AT_ONCE):
-            code, words = await self._command(source, output)
-            for _ in range(AGAIN):
-                if code != AWAY:
-                    break
-                # What it says itself: every answered row is kept, give the same command again.
+            for _ in range(1 + AGAIN):
                 code, words = await self._command(source, output)
+                if code != AWAY:  # for that it says itself: every answered row is kept, give the same command again
+                    break
         if code:
             shutil.rmtree(f"{output}.partial", ignore_errors=True)  # or the next file would be refused for this one
-        if code:
             verdict = Verdict(Outcome.WRONG, f"score ended with {code}: {words[-300:]}")
         else:
             verdict = judge_file(table, output.read_text(encoding="utf-8"))

@@ -133,6 +133,7 @@ def test_sigterm_with_open_streams(real_service):
     for _ in range(3):
         service.process.send_signal(signal.SIGTERM)
     told = time.monotonic()
+    # 3 s for a busy machine; make faults holds it against one
     service.wait_for(lambda: httpx2.get(f"{service.url}/readyz").status_code == 503, 3, "it is still ready")
     record(13, "SIGTERM to unready, 8 streams", time.monotonic() - told)
     refused = httpx2.post(f"{service.url}/v1/chat/completions", json=LONG_STREAM)

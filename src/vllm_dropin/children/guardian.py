@@ -36,6 +36,12 @@ def become_subreaper() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
+def stat_fields(pid: int | str) -> list[str]:
+    """/proc/PID/stat behind the name: state, parent, group, session, and so on. Raises OSError when it has ended."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()
+
+
 def descendants(root: int) -> list[int]:
     """The pids of all living descendants of `root`, parents before children."""
     children: dict[int, list[int]] = {}
@@ -43,8 +49,7 @@ def descendants(root: int) -> list[int]:
         if not entry.isdigit():
             continue
         try:
-            with open(f"/proc/{entry}/stat", encoding="utf-8", errors="replace") as file:
-                state, parent = file.read().rpartition(")")[2].split()[:2]
+            state, parent = stat_fields(entry)[:2]
         except OSError:
             continue  # it ended while we looked
         if state != "Z":

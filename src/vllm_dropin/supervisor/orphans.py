@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from vllm_dropin.children.guardian import become_subreaper
+from vllm_dropin.children.guardian import become_subreaper, stat_fields
 
 
 class Orphans:
@@ -39,7 +39,7 @@ def _dead_children() -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+                state, parent = stat_fields(entry.name)[:2]
                 if state == "Z" and parent == own:
                     found.append(int(entry.name))
     return found

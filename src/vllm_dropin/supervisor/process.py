@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vllm_dropin import children
-from vllm_dropin.children.guardian import descendants, is_tracker
+from vllm_dropin.children.guardian import descendants, is_tracker, stat_fields
 from vllm_dropin.errors import EngineError
 from vllm_dropin.logging import REDACTOR, get
 
@@ -95,7 +95,7 @@ def kill_session(session: int) -> None:
 def is_dying(pid: int) -> bool:
     """Whether a process of ours has begun to exit, or is gone: its flags say so before its files are closed."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = stat_fields(pid)
     except OSError:
         return True
     return fields[0] in "ZX" or bool(int(fields[6]) & PF_EXITING)
@@ -106,7 +106,7 @@ def _members(session: int) -> set[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # it ended while we looked
-                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                fields = stat_fields(entry.name)
                 if int(fields[3]) == session and fields[0] != "Z":
                     found.add(int(entry.name))
     return found
@@ -228,8 +228,8 @@ class GuardedProcess:
     async def _last_report(self) -> bytes:
         """What the guardian says of the engine's end; nothing when it is dead itself.
 
-        A dead guardian's end of the pipe may stay open: once, an exit was not through with its files for nine seconds,
-        in which the engine had nobody. So that it is dying is looked at too.
+        A dead guardian's end of the pipe may stay open: once, it did for nine seconds, in which the engine had nobody.
+        So the process is looked at too.
         """
         report = asyncio.create_task(self._report.stream.readline(), name="engine-report")
         try:

@@ -81,7 +81,7 @@ class Cause:
         vLLM's last error is nearly always the wrapper `Engine core initialization failed. See root cause above`.
         """
         since = time.monotonic() - self._recent
-        for at, error in self._errors:
-            if at >= since and "See root cause above" not in error and "Engine core initialization" not in error:
+        for error in (error for at, error in self._errors if at >= since):
+            if "See root cause above" not in error and "Engine core initialization failed" not in error:
                 return error
         return self._last or "the engine said nothing"

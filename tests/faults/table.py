@@ -191,13 +191,18 @@ ROWS = (
     Row(
         13,
         "SIGTERM, three times, with 50 streams open; or before anything has started",
-        "New work is refused at once, what runs ends whole; exit 0, or 75 when it did not end in time",
+        "New work is refused with 503 until the engine has stopped, what runs ends whole; exit 0, or 75 when it did "
+        "not end in time",
         "drain ≤ 25 s (`--drain-timeout`)",
         (
             *tests("faults", real_engine="sigterm_with_50_streams"),
             *tests("e2e", survival="sigterm_with_open_streams"),
-            *tests("supervisor", service="sigterm_waits_for_what_runs a_drain_that_takes_too_long_is_cut_off_and_told "
-                   "sigterm_ends_it_at_any_moment signals_until_the_very_end_do_not_change_the_exit_code"),
+            *tests(
+                "supervisor",
+                service="sigterm_waits_for_what_runs who_comes_while_the_engine_stops_is_refused_not_reset "
+                "a_drain_that_takes_too_long_is_cut_off_and_told sigterm_ends_it_at_any_moment "
+                "signals_until_the_very_end_do_not_change_the_exit_code",
+            ),
             *tests("cli", serve="a_stop_signal_before_anything_has_started_is_an_orderly_end"),
         ),
         "The 30 ms in which Python itself starts have no handler: a SIGTERM then ends the process by that signal",

@@ -278,6 +278,22 @@ def test_sigterm_waits_for_what_runs(serve):
     assert gone(pids)
 
 
+def test_who_comes_while_the_engine_stops_is_refused_not_reset(serve):
+    service = serve().wait_ready(20)
+    assert service.process is not None
+    engine = service.launch().pid
+    os.kill(engine, signal.SIGSTOP)  # it will take as long as we like
+    service.process.terminate()
+    service.wait_for(lambda: answers(service, "/readyz") == 503, 2, "still ready")
+    asked, answered = time.monotonic(), []
+    while time.monotonic() - asked < 1:
+        answered.append(httpx2.post(f"{service.url}/v1/chat/completions", json=CHAT).status_code)
+        time.sleep(0.05)
+    assert set(answered) == {503}
+    os.kill(engine, signal.SIGCONT)
+    assert service.exit_code(10) == 0
+
+
 def test_a_drain_that_takes_too_long_is_cut_off_and_told(serve):
     service = serve("--drain-timeout", "1").wait_ready(20)
     slow = {"messages": [{"role": "user", "content": "[[sleep 30]] slow"}]}

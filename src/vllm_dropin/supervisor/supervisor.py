@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class Supervisor:
                     "Raise --drain-timeout, together with the platform's grace period.",
                 )
         finally:
-            await self._take_down(service, tasks, workers)
+            await self._take_down(service, tasks, workers, state)
             if failure is None:
                 board.enter(Phase.STOPPED)
             await asyncio.to_thread(reporter.close)
@@ -179,15 +179,20 @@ class Supervisor:
         return True
 
     async def _take_down(
-        self, service: asyncio.Task[None], tasks: set[asyncio.Task[Any]], workers: GatewayWorkers
+        self, service: asyncio.Task[None], tasks: set[asyncio.Task[Any]], workers: GatewayWorkers, state: SharedState
     ) -> None:
-        """Stop the whole tree: engine and workers at the same time, then our own tasks."""
+        """Stop the whole tree: the engine, the workers, then our own tasks.
+
+        The workers last: who comes while the engine stops, which takes seconds, is told so. On a socket that nobody
+        serves he would wait until we end, and then be reset.
+        """
         service.cancel()
         await asyncio.wait({service})  # not its outcome: a fault of ours must not keep us from ending the rest
-        endings: list[Coroutine[Any, Any, None]] = [workers.stop()]
-        if self._keeper is not None:
-            endings.append(self._keeper.stop())
-        await asyncio.gather(*endings)
+        engine = asyncio.create_task(self._keeper.stop() if self._keeper is not None else asyncio.sleep(0))
+        if _running(state) == 0:  # otherwise it is to be cut off, and no later than it must
+            await asyncio.wait({engine})
+        await workers.stop()
+        await engine
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

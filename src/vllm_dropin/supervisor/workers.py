@@ -94,8 +94,12 @@ class GatewayWorkers:
         self._signal(signal.SIGHUP)
 
     async def stop(self, grace: float = 3.0) -> None:
-        """SIGTERM, then SIGKILL after `grace` seconds."""
+        """Close the public socket, whose last clients the workers serve: SIGTERM, then SIGKILL after `grace` seconds.
+
+        Closed by us first, so that nobody can connect to it when the workers no longer look.
+        """
         self._stopping = True
+        self._public.close()
         waits = [asyncio.create_task(process.wait()) for process in self._processes.values()]
         if not waits:
             return

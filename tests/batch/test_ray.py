@@ -44,12 +44,11 @@ STORE = 80 << 20
 class Nodes:
     """The cluster. Its first node is the one that drivers join."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         from ray.cluster_utils import Cluster
 
-        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: there are unix sockets in it
         common = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "object_store_memory": STORE}
-        self._common = {**common, "temp_dir": str(self.folder), "include_dashboard": False}
+        self._common = {**common, "temp_dir": str(folder), "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=self._common)
         self.address: str = self.cluster.address
 
@@ -62,10 +61,6 @@ class Nodes:
         for pid in [raylet, *descendants(raylet)]:
             os.kill(pid, signal.SIGKILL)
 
-    def close(self) -> None:
-        self.cluster.shutdown()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
@@ -74,9 +69,16 @@ def nodes() -> Iterator[Nodes]:
         # For the nodes and the command: 127.0.0.1 is to be just that (ray_cluster.py says why Ray thinks otherwise).
         patch.setenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0")
         patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
-        made = Nodes()
-        yield made
-        made.close()
+        folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: there are unix sockets in it
+        # Cluster writes its address where a later `ray.init()` of anyone would find it, and does not make that folder.
+        patch.setenv("RAY_TMPDIR", str(folder))
+        (folder / "ray").mkdir()
+        try:
+            made = Nodes(folder)
+            yield made
+            made.cluster.shutdown()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def rows_in_journal(folder: Path) -> int:
